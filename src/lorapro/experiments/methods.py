@@ -1,0 +1,88 @@
+"""What a method is: adapter, initialisation, optimizer and the learning rate to start from.
+
+Adding one is one :class:`Method` in :data:`METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import TrainingArguments
+
+    from lorapro.experiments.config import ExperimentArguments
+
+__all__ = ["METHODS", "Method", "OptimizerFactory"]
+
+OptimizerFactory = Callable[["TrainingArguments", "ExperimentArguments"], Any]
+"""(training arguments, experiment arguments) -> value of Trainer's ``optimizer_cls_and_kwargs``."""
+
+Initializer = Callable[["PeftModel", Iterable[Mapping[str, Any]], "ExperimentArguments"], Any]
+"""Changes the adapter of a PEFT model in place, given batches of training data."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        name: as written in configs.
+        about: one line for the help.
+        learning_rate: used when the config gives none.
+        adapter: extra ``peft.LoraConfig`` arguments, or ``None`` to train every weight.
+        init: called once on the fresh PEFT model with training batches, before the optimizer.
+        init_batches: how many training batches ``init`` is given.
+        optimizer: gives Trainer's ``optimizer_cls_and_kwargs``; ``None`` is Trainer's own AdamW.
+        decays_base: with weight decay the base weights change too, so that the adapter alone does
+            not hold the result and a merged model is saved beside it.
+    """
+
+    name: str
+    about: str
+    learning_rate: float
+    adapter: Mapping[str, Any] | None = field(default_factory=dict)
+    init: Initializer | None = None
+    init_batches: int = 8
+    optimizer: OptimizerFactory | None = None
+    decays_base: bool = False
+
+
+def lorapro_adamw(mode: str) -> OptimizerFactory:
+    """Optimizer factory for LoRA-Pro's AdamW in the given mode."""
+
+    def factory(training: TrainingArguments, experiment: ExperimentArguments) -> Any:
+        import lorapro
+
+        return lorapro.trainer_optimizer(training, mode=mode, x=experiment.x)
+
+    return factory
+
+
+RANK_STABILIZED = {"use_rslora": True}
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("full", "full fine-tuning, AdamW on every weight", 1e-4, adapter=None),
+        Method("lora", "LoRA, scaling alpha/r, AdamW", 1e-3),
+        Method("rslora", "LoRA, scaling alpha/sqrt(r), AdamW", 6e-4, adapter=RANK_STABILIZED),
+        Method(
+            "lora-pro",
+            "LoRA-Pro, efficient mode, scaling alpha/sqrt(r)",
+            1e-3,
+            adapter=RANK_STABILIZED,
+            optimizer=lorapro_adamw("efficient"),
+        ),
+        Method(
+            "lora-pro-full",
+            "LoRA-Pro, full mode, scaling alpha/sqrt(r)",
+            3e-4,
+            adapter=RANK_STABILIZED,
+            optimizer=lorapro_adamw("full"),
+            decays_base=True,
+        ),
+    )
+}

@@ -1,0 +1,137 @@
+"""What a task gives to the runner."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorapro.experiments.assets import asset_path
+from lorapro.experiments.data import Row
+from lorapro.experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorapro.experiments.config import ExperimentArguments
+
+__all__ = ["Examples", "Task", "load_tokenizer"]
+
+Examples = list[dict[str, Any]]
+
+
+class Task(ABC):
+    """Data, model and metric of one task.
+
+    A task reads and tokenizes its data once (``prepare``) and gives fresh models
+    (``load_model``). Splits depend on ``split_seed`` alone: methods and seeds share them.
+
+    Class attributes:
+        default_model: used when the config names none.
+        default_data: likewise.
+        peft_task_type: name of a ``peft.TaskType``.
+        metric: name of the main metric (higher is better), ``None`` when the loss is all there is.
+    """
+
+    default_model: ClassVar[str]
+    default_data: ClassVar[str | None]
+    peft_task_type: ClassVar[str]
+    metric: ClassVar[str | None] = None
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(self, arguments: ExperimentArguments) -> None:
+        self.arguments = arguments
+        self.model_name = arguments.model or self.default_model
+        data = arguments.data or self.default_data
+        if data is None:
+            raise UserError(f"task {arguments.task!r} needs 'data': a file, a folder or a hub id")
+        self.data_name = data
+
+    def prepare(self, log: Callable[[str], None] | None = None) -> None:
+        """Fetch what is missing, read the data, tokenize it."""
+        self.model_path = asset_path(self.model_name, log)
+        asset_path(self.data_name, log)
+        train, validation, test = self.split_rows()
+        self.tokenizer = load_tokenizer(self.model_path, self.model_name)
+        self.train = self.encode(train)
+        self.validation = self.encode(validation)
+        self.test = self.encode(test)
+        if not self.train:
+            raise UserError(f"no training example of {self.data_name} fits into max_length")
+
+    @abstractmethod
+    def split_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
+        """Return the rows of train, validation and test."""
+
+    @abstractmethod
+    def encode(self, rows: list[Row]) -> Examples:
+        """Tokenize rows into examples for :meth:`collator`."""
+
+    @abstractmethod
+    def load_model(self) -> PreTrainedModel:
+        """Return a fresh pretrained model (new weights, such as a head, from torch's RNG)."""
+
+    @abstractmethod
+    def collator(self) -> Callable[[Examples], dict[str, Any]]:
+        """Return the function that turns examples into a batch for the model."""
+
+    def compute_metrics(self) -> Callable[[Any], dict[str, float]] | None:
+        """Return Trainer's ``compute_metrics``, or ``None`` when the loss is all it can measure."""
+        return None
+
+    def final_metrics(
+        self, model: PreTrainedModel, folder: Path | None, samples: int
+    ) -> dict[str, float]:
+        """Return metrics of the test set that need more than a loss, such as generated answers."""
+        return {}
+
+
+def load_tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a padding token pads with its end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _no_model(name, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(auto_class: Any, path: str, name: str, **kwargs: Any) -> PreTrainedModel:
+    """``auto_class.from_pretrained`` with one-line errors."""
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise _no_model(name, error) from error
+
+
+def _no_model(name: str, error: Exception) -> UserError:
+    from lorapro.experiments.assets import ASSETS
+    from lorapro.experiments.errors import nearest_hint
+
+    models = [asset.name for asset in ASSETS.values() if asset.kind == "model"]
+    reason = " ".join(str(error).split())[:160]
+    return UserError(
+        f"no model {name!r}{nearest_hint(name, models)}: neither an asset ({', '.join(models)}) "
+        f"nor a folder, nor found on the hub ({reason})"
+    )
+
+
+def shuffled(rows: list[Row], seed: int) -> list[Row]:
+    """Return the rows in a seeded random order."""
+    order = list(rows)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def take(rows: list[Row], count: int) -> list[Row]:
+    """Return the first ``count`` rows, all of them for 0."""
+    return rows[:count] if count else rows

@@ -1,0 +1,216 @@
+"""AdamW on pairs: Algorithms 2 (efficient mode) and 3 (full mode) of the LoRA-Pro paper.
+
+Shape letters: m, n rows and columns of W; r rank; k pairs stacked by shape.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from lorapro.functional import align_in, spectrum
+from lorapro.optim.base import (
+    BASE,
+    PAIRS,
+    Bucket,
+    PairOptimizer,
+    aligned_gradients,
+    buckets,
+    plain_gradients,
+)
+
+__all__ = ["MODES", "LoraProAdamW"]
+
+MODES = ("efficient", "full")
+STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
+
+
+class LoraProAdamW(PairOptimizer):
+    """AdamW that follows full fine-tuning's AdamW through low-rank adapters.
+
+    ``mode="efficient"`` (Algorithm 2) runs AdamW on the aligned gradients (d_A, d_B); its state is
+    that of LoRA's AdamW. ``mode="full"`` (Algorithm 3) keeps both moments of the equivalent
+    gradient g̃, two (m, n) tensors a pair, takes ``h = m̂ / (√v̂ + ε)`` and steps along
+    ``align(s·Bᵀh, s·h·Aᵀ)``. The paper prints ``v̂ = v/(1 − β1ᵗ)`` in Algorithm 2; it is β2.
+
+    Weight decay λ in efficient mode acts on A and B. In full mode it acts on W, Eq. (58):
+    ``W0 ← (1 − γλ)W0``, ``A ← √(1 − γλ)·A``, ``B ← √(1 − γλ)·B``, with γ the current learning
+    rate. The base weights then change during training, which an adapter saved alone does not
+    carry: save the merged model. ``state_dict`` does carry them, so that a run can be resumed.
+
+    Parameters that are no pair get ``torch.optim.AdamW``'s rule.
+
+    Args:
+        params: groups from ``lorapro.lora_param_groups``.
+        lr: learning rate γ. Full mode wants full fine-tuning's, efficient mode LoRA's or more.
+        betas: decay rates of the first and second moment.
+        eps: added to √v̂, as ``torch.optim.AdamW`` has it.
+        weight_decay: λ.
+        mode: ``"efficient"`` or ``"full"``.
+        x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``, see :func:`lorapro.functional.align`.
+
+    Raises:
+        ValueError: an argument out of range, an unknown mode or x, groups without pairs, or weight
+            decay in full mode on a base that cannot be scaled (a quantized one).
+
+    >>> import torch, lorapro
+    >>> from lorapro.factors import LoraPair
+    >>> A, B = torch.nn.Parameter(torch.randn(2, 6)), torch.nn.Parameter(torch.zeros(4, 2))
+    >>> groups = lorapro.lora_param_groups(None, pairs=[LoraPair("w", A, B, scaling=4.0)])
+    >>> optimizer = LoraProAdamW(groups, lr=1e-3)
+    >>> (4.0 * B @ A).square().sub(1).square().mean().backward()
+    >>> _ = optimizer.step()
+    >>> sorted(optimizer.state[B])
+    ['exp_avg', 'exp_avg_sq', 'step']
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        mode: str = "efficient",
+        x: str = "sylvester",
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas are {betas}, expected two numbers of 0 or more and below 1.")
+        if not eps >= 0:
+            raise ValueError(f"eps is {eps}, expected 0 or more.")
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "mode": mode,
+            "x": x,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, see :class:`PairOptimizer`; an unknown mode is a ``ValueError``."""
+        mode = param_group.get("mode", self.defaults["mode"])
+        if mode not in MODES:
+            near = difflib.get_close_matches(str(mode), MODES, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"mode is {mode!r}, expected one of {', '.join(map(repr, MODES))}.{hint}"
+            )
+        super().add_param_group(param_group)
+
+    def _adopt_bases(self, group: dict[str, Any], bases: list[Any]) -> None:
+        if group["mode"] != "full" or not group["weight_decay"]:
+            return
+        for name, base in zip(group["names"], bases, strict=False):
+            if base is None:
+                raise ValueError(
+                    f"weight decay in full mode scales the base weight (Eq. 58), but that of "
+                    f"{name!r} is missing or quantized; use weight_decay=0 or mode='efficient'."
+                )
+        known = {id(p) for g in self.param_groups if g["role"] == BASE for p in g["params"]}
+        fresh = list({id(base): base for base in bases if id(base) not in known}.values())
+        if fresh:
+            options = {k: group[k] for k in self.defaults}
+            self.add_param_group({"params": fresh, "role": BASE, **options})
+
+    def update(self, group: dict[str, Any]) -> None:
+        """Step one group."""
+        if group["role"] == PAIRS and group["mode"] == "full":
+            for bucket in buckets(group):
+                self._full_update(bucket, group)
+            return
+        if group["role"] == PAIRS:
+            grads = aligned_gradients(group, group["x"])
+        else:
+            grads = plain_gradients(group)
+        self._adamw_update(grads, group)
+
+    def _adamw_update(self, grads: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        """AdamW as torch has it, on the gradients given."""
+        for p, _ in grads:
+            if not self.state[p]:
+                self.state[p] = _new_state(p)
+        on_cpu = all(p.device.type == "cpu" for p, _ in grads)
+        states = [self.state[p] for p, _ in grads]
+        adamw(
+            [p for p, _ in grads],
+            [g for _, g in grads],
+            [s[EXP_AVG] for s in states],
+            [s[EXP_AVG_SQ] for s in states],
+            [],
+            [s[STEP] for s in states],
+            fused=on_cpu or None,  # elsewhere torch picks, with the step counters on the host
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _full_update(self, b: Bucket, group: dict[str, Any]) -> None:
+        """Algorithm 3 for pairs of one shape. The (m, n) part goes pair by pair."""
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        spec = spectrum(b.A, b.B)
+        d_A, d_B = align_in(spec, b.A, b.B, b.grad_A, b.grad_B, b.scaling, x="zero")
+        s = torch.as_tensor(b.scaling, dtype=torch.float64, device=b.A.device)
+        s = s.expand(b.A.shape[0])[:, None, None]
+        h_A, h_B = [], []
+        for i, (_, B) in enumerate(b.params):
+            part = slice(i * b.blocks, (i + 1) * b.blocks)
+            A_i, B_i = b.A[part].to(torch.promote_types(b.A.dtype, torch.float32)), b.B[part]
+            B_i = B_i.to(A_i.dtype)
+            g = torch.zeros((), dtype=A_i.dtype, device=A_i.device)
+            if d_A is not None:
+                g = g + B_i @ (s[part] * d_A[part]).to(A_i.dtype)
+            if d_B is not None:
+                g = g + (s[part] * d_B[part]).to(A_i.dtype) @ A_i
+            state = self.state[B]
+            if not state:
+                state.update(_new_state(B, shape=g.shape))
+            h = _adam_direction(state, g, beta1, beta2, group["eps"])
+            h_A.append(s[part] * (B_i.mT @ h))
+            h_B.append(s[part] * (h @ A_i.mT))
+        d_A, d_B = align_in(
+            spec,
+            b.A,
+            b.B,
+            None if b.grad_A is None else torch.cat(h_A),
+            None if b.grad_B is None else torch.cat(h_B),
+            b.scaling,
+            x=group["x"],
+        )
+        if group["weight_decay"]:
+            keep = max(0.0, 1 - lr * group["weight_decay"]) ** 0.5
+            torch._foreach_mul_([p for pair in b.params for p in pair], keep)
+        for p, d in b.split(d_A, d_B):
+            p.sub_(lr * d)
+
+
+def _adam_direction(
+    state: dict[str, Tensor], g: Tensor, beta1: float, beta2: float, eps: float
+) -> Tensor:
+    """Update the moments by g and return ``h = m̂ / (√v̂ + ε)``."""
+    step, m, v = state[STEP], state[EXP_AVG], state[EXP_AVG_SQ]
+    step += 1
+    t = int(step)  # the counter lives on the host
+    m.lerp_(g.to(m.dtype), 1 - beta1)
+    v.mul_(beta2).addcmul_(g.to(v.dtype), g.to(v.dtype), value=1 - beta2)
+    denominator = (v.to(g.dtype) / (1 - beta2**t)).sqrt_().add_(eps)
+    return (m.to(g.dtype) / (1 - beta1**t)).div_(denominator)
+
+
+def _new_state(p: Tensor, shape: torch.Size | None = None) -> dict[str, Tensor]:
+    shape = p.shape if shape is None else shape
+    return {
+        STEP: torch.zeros((), dtype=torch.float32),
+        EXP_AVG: torch.zeros(shape, dtype=p.dtype, device=p.device),
+        EXP_AVG_SQ: torch.zeros(shape, dtype=p.dtype, device=p.device),
+    }

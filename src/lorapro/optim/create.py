@@ -1,0 +1,56 @@
+"""One call from a PEFT model to an optimizer."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+from lorapro.optim.adamw import LoraProAdamW
+from lorapro.optim.base import PairOptimizer
+from lorapro.optim.sgd import LoraProSGD
+from lorapro.param_groups import lora_param_groups
+
+__all__ = ["OPTIMIZERS", "create_lorapro_optimizer"]
+
+OPTIMIZERS: dict[str, type[PairOptimizer]] = {"adamw": LoraProAdamW, "sgd": LoraProSGD}
+
+
+def create_lorapro_optimizer(
+    model: nn.Module,
+    optimizer: str = "adamw",
+    *,
+    adapter: str | None = None,
+    on_unaligned: str = "error",
+    **kwargs: Any,
+) -> PairOptimizer:
+    """Build the optimizer for a PEFT model: its pairs aligned, all else trainable plainly.
+
+    Args:
+        model: a PEFT model with trainable LoRA layers.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        adapter: train this adapter only.
+        on_unaligned: ``"error"`` or ``"plain"``, see ``lorapro.lora_param_groups``.
+        kwargs: arguments of the optimizer: ``lr``, ``mode``, ``x``, ``weight_decay``, …
+
+    Returns:
+        A :class:`LoraProAdamW` or :class:`LoraProSGD`.
+
+    Raises:
+        ValueError: an unknown optimizer, argument or value, or a model without trainable pairs.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> net = nn.Sequential(nn.Linear(6, 4))
+    >>> model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+    >>> create_lorapro_optimizer(model, mode="full", lr=1e-4).param_groups[0]["mode"]
+    'full'
+    """
+    if optimizer not in OPTIMIZERS:
+        near = difflib.get_close_matches(str(optimizer), OPTIMIZERS, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"optimizer is {optimizer!r}, expected one of {', '.join(map(repr, OPTIMIZERS))}.{hint}"
+        )
+    groups = lora_param_groups(model, adapter=adapter, on_unaligned=on_unaligned)
+    return OPTIMIZERS[optimizer](groups, **kwargs)

@@ -1,0 +1,83 @@
+"""SGD on aligned gradients: Algorithm 1 of the LoRA-Pro paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from lorapro.optim.base import PAIRS, PairOptimizer, aligned_gradients, plain_gradients
+
+__all__ = ["LoraProSGD"]
+
+MOMENTUM = "momentum_buffer"
+
+
+class LoraProSGD(PairOptimizer):
+    """Stochastic gradient descent along the aligned gradients (LoRA-Pro, Algorithm 1).
+
+    ``A ← A − γ·d_A``, ``B ← B − γ·d_B`` with (d_A, d_B) of :func:`lorapro.functional.align`, so
+    that ``W`` moves along the projection of its full gradient, to first order in γ. Momentum and
+    weight decay act on (d_A, d_B) as ``torch.optim.SGD`` has them. Parameters that are no pair
+    get ``torch.optim.SGD`` itself.
+
+    Args:
+        params: groups from ``lorapro.lora_param_groups``.
+        lr: learning rate γ; the step of W is γ·g̃ whatever the scaling, so full fine-tuning's
+            learning rates apply.
+        momentum: momentum factor, 0 for Algorithm 1 as printed.
+        weight_decay: ``A ← (1 − γλ)A − γ·d_A``, likewise B.
+        x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``.
+
+    Raises:
+        ValueError: an argument out of range, an unknown x, or groups without pairs.
+
+    >>> import torch, lorapro
+    >>> from lorapro.factors import LoraPair
+    >>> A, B = torch.nn.Parameter(torch.eye(2)), torch.nn.Parameter(torch.zeros(2, 2))
+    >>> groups = lorapro.lora_param_groups(None, pairs=[LoraPair("w", A, B, scaling=4.0)])
+    >>> optimizer = LoraProSGD(groups, lr=0.5)
+    >>> (4.0 * B @ A).sum().backward()                      # g is a matrix of ones
+    >>> _ = optimizer.step()
+    >>> (4.0 * B @ A).detach()                              # −0.5·g, as full fine-tuning's step
+    tensor([[-0.5000, -0.5000],
+            [-0.5000, -0.5000]])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        x: str = "sylvester",
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}, expected 0 or more and below 1.")
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "x": x}
+        )
+
+    def update(self, group: dict[str, Any]) -> None:
+        """Step one group."""
+        if group["role"] == PAIRS:
+            grads = aligned_gradients(group, group["x"])
+        else:
+            grads = plain_gradients(group)
+        buffers: list[Tensor | None] = [self.state[p].get(MOMENTUM) for p, _ in grads]
+        sgd(
+            [p for p, _ in grads],
+            [g for _, g in grads],
+            buffers,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+        if group["momentum"]:
+            for (p, _), buffer in zip(grads, buffers, strict=True):
+                self.state[p][MOMENTUM] = buffer

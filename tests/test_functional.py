@@ -1,0 +1,177 @@
+"""Alignment against dense least squares, limit cases, precision, isolation of broken pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import lorapro.functional as F
+from reference import dense
+
+XS = ("zero", "sylvester", "symmetric")
+
+
+def random_pair(case, m=7, n=9, r=3, seed=0):
+    rng = np.random.default_rng(seed)
+    A, B = rng.standard_normal((r, n)), rng.standard_normal((m, r))
+    if case in ("B=0", "both=0"):
+        B[:] = 0
+    if case in ("A=0", "both=0"):
+        A[:] = 0
+    if case == "dead row":
+        A[1] = 0
+    if case == "rank of B":
+        B[:, 2] = 2 * B[:, 0] - B[:, 1]
+    if case == "rank of both":
+        B[:, 2], A[0] = 3 * B[:, 1], A[1] + A[2]
+    if case == "uneven":
+        B *= 1e-3
+    return A, B, rng.standard_normal((m, n))
+
+
+CASES = (
+    "full rank",
+    "B=0",
+    "A=0",
+    "both=0",
+    "dead row",
+    "rank of B",
+    "rank of both",
+    "uneven",
+)
+
+
+def tensors(*arrays, dtype=torch.float64):
+    return [torch.tensor(a, dtype=dtype) for a in arrays]
+
+
+@pytest.mark.parametrize("x", XS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shape", [(7, 9, 3), (3, 9, 3), (8, 4, 4), (2, 3, 4), (5, 5, 1)])
+def test_align_is_the_dense_least_squares_solution(x, case, shape):
+    m, n, r = shape
+    if r < 3 and case not in ("full rank", "B=0", "A=0", "both=0", "uneven"):
+        pytest.skip("the case needs rank 3")
+    A, B, g = random_pair(case, m, n, r)
+    s = 1.7
+    want = dense.least_squares(A, B, g, s, x)
+    tA, tB, tg = tensors(A, B, g)
+    got = F.align(tA, tB, s * tB.T @ tg, s * tg @ tA.T, s, x=x)
+    for have, expected in zip(got, want, strict=True):
+        scale = max(1.0, np.abs(expected).max(initial=0))
+        np.testing.assert_allclose(have.numpy(), expected, rtol=0, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("x", XS)
+def test_batches_give_what_single_pairs_give(x):
+    rows = [random_pair(c, seed=i) for i, c in enumerate(CASES)]
+    s = torch.linspace(0.5, 3.0, len(rows), dtype=torch.float64)
+    A, B, g = (torch.stack(tensors(*[row[i] for row in rows])) for i in range(3))
+    g_A, g_B = s[:, None, None] * B.mT @ g, s[:, None, None] * g @ A.mT
+    d_A, d_B = F.align(A, B, g_A, g_B, s, x=x)
+    for i in range(len(rows)):
+        one = F.align(A[i], B[i], g_A[i], g_B[i], float(s[i]), x=x)
+        torch.testing.assert_close((d_A[i], d_B[i]), one, rtol=1e-11, atol=1e-11)
+    shaped = [t.reshape(2, 4, *t.shape[1:]) for t in (A, B, g_A, g_B)]
+    two = F.align(*shaped, s.reshape(2, 4), x=x)
+    torch.testing.assert_close(two[0].reshape(d_A.shape), d_A)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equivalent_gradient_is_the_projection_for_every_x(case):
+    A, B, g = random_pair(case)
+    want = dense.projection(A, B, g)
+    tA, tB, tg = tensors(A, B, g)
+    np.testing.assert_allclose(F.tangent_projection(tA, tB, tg).numpy(), want, atol=1e-10)
+    for x in XS:
+        d_A, d_B = F.align(tA, tB, 2 * tB.T @ tg, 2 * tg @ tA.T, 2.0, x=x)
+        have = F.equivalent_gradient(tA, tB, d_A, d_B, 2.0)
+        np.testing.assert_allclose(have.numpy(), want, atol=1e-10)
+    # Pythagoras, Theorem 2.2
+    decrease = F.predicted_decrease(tA, tB, 2 * tB.T @ tg, 2 * tg @ tA.T, 2.0)
+    assert float(decrease) == pytest.approx((want**2).sum(), rel=1e-10, abs=1e-12)
+    residual = ((want - g) ** 2).sum()
+    assert residual == pytest.approx((g**2).sum() - (want**2).sum(), rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 4), (9, 4, 4), (5, 5, 5)])
+def test_full_rank_recovers_the_gradient(shape):
+    A, B, g = tensors(*random_pair("full rank", *shape))
+    d_A, d_B = F.align(A, B, 3 * B.T @ g, 3 * g @ A.T, 3.0)
+    torch.testing.assert_close(F.equivalent_gradient(A, B, d_A, d_B, 3.0), g)
+
+
+def test_a_frozen_factor_leaves_the_other_its_own_least_squares():
+    A, B, g = random_pair("full rank")
+    tA, tB, tg = tensors(A, B, g)
+    none, d_B = F.align(tA, tB, None, 2 * tg @ tA.T, 2.0)
+    assert none is None
+    want = np.linalg.lstsq(2 * A.T, g.T, rcond=None)[0].T
+    np.testing.assert_allclose(d_B.numpy(), want, atol=1e-10)
+    d_A, none = F.align(tA, tB, 2 * tB.T @ tg, None, 2.0)
+    assert none is None
+    np.testing.assert_allclose(d_A.numpy(), np.linalg.lstsq(2 * B, g, rcond=None)[0], atol=1e-10)
+
+
+def with_condition(rows, columns, cond, rng):
+    U = np.linalg.qr(rng.standard_normal((rows, columns)))[0]
+    V = np.linalg.qr(rng.standard_normal((columns, columns)))[0]
+    return U @ np.diag(np.geomspace(1, 1 / cond, columns)) @ V.T
+
+
+@pytest.mark.parametrize("x", XS)
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("r", [8, 64])
+def test_float32_survives_condition_1e5(x, seed, r):
+    rng = np.random.default_rng(seed)
+    m, n = 384, 256
+    B = torch.tensor(with_condition(m, r, 1e5, rng), dtype=torch.float32)
+    A = torch.tensor(rng.standard_normal((r, n)), dtype=torch.float32)
+    g = torch.tensor(rng.standard_normal((m, n)), dtype=torch.float32)
+    d_A, d_B = F.align(A, B, 2 * B.T @ g, 2 * g @ A.T, 2.0, x=x)
+    assert d_A.dtype == torch.float32
+    have = F.equivalent_gradient(*(t.double() for t in (A, B, d_A, d_B)), 2.0)
+    want = F.tangent_projection(A.double(), B.double(), g.double())
+    assert float((have - want).norm() / want.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_computed_in_more_of_it(dtype):
+    A, B, g = tensors(*random_pair("full rank", 40, 30, 4), dtype=dtype)
+    g_A, g_B = (B.T.double() @ g.double()).to(dtype), (g.double() @ A.T.double()).to(dtype)
+    d_A, d_B = F.align(A, B, g_A, g_B, 1.0)
+    assert d_A.dtype == d_B.dtype == dtype
+    exact = F.align(*(t.double() for t in (A, B, g_A, g_B)), 1.0)
+    for have, want in zip((d_A, d_B), exact, strict=True):
+        torch.testing.assert_close(have.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("x", XS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["A", "B", "grad_A", "grad_B"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_broken_pair_spoils_no_other(x, bad, where, dtype):
+    rows = [random_pair("full rank", seed=i) for i in range(3)]
+    A, B, g = (torch.stack(tensors(*[r[i] for r in rows], dtype=dtype)) for i in range(3))
+    parts = {"A": A, "B": B, "grad_A": B.mT @ g, "grad_B": g @ A.mT}
+    clean = F.align(*parts.values(), 1.0, x=x)
+    parts[where] = parts[where].clone()
+    parts[where][1, 0, 1] = bad
+    broken = F.align(*parts.values(), 1.0, x=x)
+    for have, want in zip(broken, clean, strict=True):
+        torch.testing.assert_close(have[[0, 2]], want[[0, 2]], rtol=1e-6, atol=1e-7)
+        assert torch.isfinite(have[[0, 2]]).all()
+    assert not torch.isfinite(torch.cat([t[1].flatten() for t in broken])).all()
+
+
+def test_bad_arguments_say_what_was_expected():
+    A, B = torch.ones(2, 5), torch.ones(4, 2)
+    with pytest.raises(ValueError, match=r"'sylvestre'.*Did you mean 'sylvester'"):
+        F.align(A, B, A, B, 1.0, x="sylvestre")
+    with pytest.raises(ValueError, match=r"\(2, 5\) and B \(2, 4\)"):
+        F.align(A, B.T, A, B.T, 1.0)
+    with pytest.raises(ValueError, match=r"gradient or direction of B.*\(5, 2\).*\(4, 2\)"):
+        F.align(A, B, A, torch.ones(5, 2), 1.0)
+    with pytest.raises(ValueError, match=r"G has shape \(3, 5\), expected \(\.\.\., 4, 5\)"):
+        F.tangent_projection(A, B, torch.ones(3, 5))

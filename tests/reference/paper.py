@@ -46,7 +46,7 @@ class Sgd:
             if self.buffers is None:
                 self.buffers = d
             else:
-                self.buffers = [self.momentum * b + v for b, v in zip(self.buffers, d)]
+                self.buffers = [self.momentum * b + v for b, v in zip(self.buffers, d, strict=True)]
             d = self.buffers
         self.A, self.B = self.A - lr * d[0], self.B - lr * d[1]
 
@@ -65,7 +65,7 @@ class Efficient:
         b1, b2 = self.betas
         new = []
         d = theorem_2_1(self.A, self.B, g_A, g_B, self.s, self.x)
-        for i, (p, g) in enumerate(zip((self.A, self.B), d)):
+        for i, (p, g) in enumerate(zip((self.A, self.B), d, strict=True)):
             self.m[i] = b1 * self.m[i] + (1 - b1) * g
             self.v[i] = b2 * self.v[i] + (1 - b2) * g * g
             m_hat = self.m[i] / (1 - b1**self.t)

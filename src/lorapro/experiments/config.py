@@ -31,6 +31,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "logging_nan_inf_filter": False,  # a diverged run must look diverged
     "eval_strategy": "steps",
+    "eval_steps": 0.1,  # ten evaluations a run
     "save_total_limit": 1,
     "per_device_eval_batch_size": 64,
 }
@@ -161,6 +162,11 @@ class Config:
     training: TrainingArguments
     given: dict[str, Any]
 
+    @property
+    def folder(self) -> Path:
+        """Where the run is written."""
+        return Path(str(self.training.output_dir))
+
     def with_values(self, **changes: Any) -> Config:
         """Return the configuration with these keys changed, checked again."""
         return build_config({**self.given, **changes})
@@ -256,6 +262,7 @@ def build_config(values: Mapping[str, Any], flags: Sequence[str] = ()) -> Config
         UserError: an unknown key or flag (with the nearest valid one), a value of the wrong type,
             a value out of range.
     """
+    import torch
     from transformers import TrainingArguments
 
     ours = {item.name for item in dataclasses.fields(ExperimentArguments)}
@@ -285,6 +292,7 @@ def build_config(values: Mapping[str, Any], flags: Sequence[str] = ()) -> Config
         raise UserError(f"seed must not be negative, found {seed}")
     arguments = {**TRAINING_DEFAULTS, **{k: v for k, v in given.items() if k in theirs}}
     arguments.setdefault("data_seed", arguments.get("seed", 42))
+    arguments.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     arguments.setdefault("output_dir", f"runs/{experiment.task}-{experiment.method}")
     try:
         training = TrainingArguments(**arguments)

@@ -17,6 +17,7 @@ __all__ = [
     "CONFIG",
     "MERGED",
     "MODEL",
+    "PREDICTIONS",
     "RESULT",
     "claim",
     "clear",
@@ -50,7 +51,7 @@ def run_state(config: Config) -> str:
     Raises:
         UserError: the folder holds another run (and ``overwrite`` is not set), or files of others.
     """
-    folder = Path(config.training.output_dir)
+    folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file, expected a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -93,7 +94,7 @@ def claim(config: Config) -> Path:
     """Make the output folder this run's: write its config there. Returns the folder."""
     import yaml
 
-    folder = Path(config.training.output_dir)
+    folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
     values = {k: v for k, v in config.given.items() if k != "overwrite"}
     text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True)

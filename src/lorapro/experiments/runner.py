@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gc
 import io
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,15 +55,30 @@ def make_task(config: Config, log: Log | None = None) -> Task:
     return task
 
 
+class _ReadOnlyTrainer(Trainer):
+    """A Trainer that only evaluates, and makes no folder for it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            args = dataclasses.replace(kwargs.pop("args"), output_dir=scratch)
+            super().__init__(args=args, **kwargs)
+
+
 def make_trainer(
-    config: Config, task: Task, model: Any, optimizer: Any = None, callbacks: Any = None
+    config: Config,
+    task: Task,
+    model: Any,
+    optimizer: Any = None,
+    callbacks: Any = None,
+    *,
+    create_folder: bool = True,
 ) -> Trainer:
-    """Return the Trainer of a run."""
-    return Trainer(
+    """Return the Trainer of a run; without ``create_folder`` it can evaluate only."""
+    return (Trainer if create_folder else _ReadOnlyTrainer)(
         model=model,
         args=config.training,
-        train_dataset=task.train,  # type: ignore[arg-type]
-        eval_dataset=task.validation,  # type: ignore[arg-type]
+        train_dataset=task.train,
+        eval_dataset=task.validation,
         data_collator=task.collator(),
         processing_class=task.tokenizer,
         compute_metrics=task.compute_metrics(),
@@ -94,7 +111,7 @@ def run(
         UserError: bad input, before anything is written.
     """
     say = log or (lambda _: None)
-    folder = Path(config.training.output_dir)
+    folder = config.folder
     if (state := folders.run_state(config)) == "finished":
         say(f"{folder} holds this run already, finished; nothing to do")
         return folders.read_result(folder)
@@ -104,7 +121,7 @@ def run(
     optimizer = check_optimizer(config, model)
     checkpoint = None
     if state == "started":
-        checkpoint = None if _base_moves(config) else folders.last_checkpoint(folder)
+        checkpoint = folders.last_checkpoint(folder)
         say(f"going on from {checkpoint.name}" if checkpoint else "starting the run anew")
     if checkpoint is None and folder.is_dir():
         folders.clear(folder)
@@ -118,7 +135,7 @@ def run(
     reset_peak_memory()
     set_seed(config.training.seed)  # dropout, from here on alike for all methods
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    result = {
+    result: dict[str, Any] = {
         "fingerprint": config.fingerprint(),
         "config": config.identity(),
         "method": config.experiment.method,
@@ -134,7 +151,7 @@ def run(
         "test": _evaluate(trainer, task.test, "test") if task.test else {},
     }
     samples = config.experiment.generation_samples
-    result["test"].update(task.final_metrics(model, folder, samples))
+    result["test"].update(task.final_metrics(model, folder / folders.PREDICTIONS, samples))
     result["diverged"] = not math.isfinite(result["validation"]["loss"])
     folders.write_text(folder / folders.CURVE, _curve(trainer.state.log_history))
     result["saved"] = _save(config, model, task, folder)
@@ -146,7 +163,7 @@ def run(
 
 
 def _base_moves(config: Config) -> bool:
-    """Whether training changes base weights, which checkpoints of an adapter do not hold."""
+    """Whether training changes base weights, which an adapter alone does not hold."""
     method = METHODS[config.experiment.method]
     return method.decays_base and config.training.weight_decay > 0
 

@@ -43,6 +43,8 @@ class Task(ABC):
     train: Examples
     validation: Examples
     test: Examples
+    test_rows: list[Row]
+    model_path: str
     tokenizer: PreTrainedTokenizerBase
 
     def __init__(self, arguments: ExperimentArguments) -> None:
@@ -60,8 +62,9 @@ class Task(ABC):
         train, validation, test = self.split_rows()
         self.tokenizer = load_tokenizer(self.model_path, self.model_name)
         self.train = self.encode(train)
-        self.validation = self.encode(validation)
-        self.test = self.encode(test)
+        self.validation = by_length(self.encode(validation))
+        self.test = by_length(self.encode(test))
+        self.test_rows = test
         if not self.train:
             raise UserError(f"no training example of {self.data_name} fits into max_length")
 
@@ -86,9 +89,12 @@ class Task(ABC):
         return None
 
     def final_metrics(
-        self, model: PreTrainedModel, folder: Path | None, samples: int
+        self, model: PreTrainedModel, save_to: Path | None, samples: int
     ) -> dict[str, float]:
-        """Return metrics of the test set that need more than a loss, such as generated answers."""
+        """Return metrics of ``samples`` test rows that need more than a loss.
+
+        What the model said goes to the JSONL file ``save_to``, if it said anything.
+        """
         return {}
 
 
@@ -135,3 +141,8 @@ def shuffled(rows: list[Row], seed: int) -> list[Row]:
 def take(rows: list[Row], count: int) -> list[Row]:
     """Return the first ``count`` rows, all of them for 0."""
     return rows[:count] if count else rows
+
+
+def by_length(examples: Examples) -> Examples:
+    """Return the examples with similar lengths side by side, so that batches need less padding."""
+    return sorted(examples, key=lambda example: len(example["input_ids"]))

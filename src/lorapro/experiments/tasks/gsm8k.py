@@ -92,7 +92,6 @@ class GSM8K(Task):
                 f"{self.data_name} has {len(splits['train'])} training rows: too few to cut "
                 "validation_samples and test_samples from"
             )
-        self.test_rows = test
         return take(train, args.train_samples), validation, test
 
     def encode(self, rows: list[Row]) -> Examples:
@@ -124,9 +123,9 @@ class GSM8K(Task):
         return DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
 
     def final_metrics(
-        self, model: PreTrainedModel, folder: Path | None, samples: int
+        self, model: PreTrainedModel, save_to: Path | None, samples: int
     ) -> dict[str, float]:
-        """Exact match on ``samples`` test questions; predictions go to ``predictions.jsonl``."""
+        """Exact match on the first ``samples`` test questions."""
         if samples == 0:
             return {}
         from lorapro.experiments.evaluation import exact_match
@@ -137,6 +136,6 @@ class GSM8K(Task):
             self.test_rows[:samples],
             batch_size=self.arguments.generation_batch_size,
             max_new_tokens=self.arguments.max_new_tokens,
-            save_to=None if folder is None else folder / "predictions.jsonl",
+            save_to=save_to,
         )
         return score.as_dict()

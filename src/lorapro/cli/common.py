@@ -1,0 +1,77 @@
+"""Shared by the commands: argument parsers that raise, quiet libraries, help on config keys."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lorapro.experiments.errors import UserError, nearest_hint
+
+__all__ = ["Parser", "config_help", "quiet_libraries", "report_line"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are :class:`UserError`; an unknown flag gets a hint."""
+
+    def __init__(self, command: str, **kwargs: object) -> None:
+        super().__init__(
+            prog=f"lorapro {command}",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,  # type: ignore[arg-type]
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UserError(message)
+
+    def parse_strictly(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse; name the nearest flag for an unknown one."""
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            what = "flag" if unknown[0].startswith("-") else "argument"
+            hint = nearest_hint(unknown[0].partition("=")[0], flags)
+            raise UserError(f"{self.prog}: unknown {what} {unknown[0]!r}{hint}")
+        return known
+
+
+def config_help() -> str:
+    """Return one line for each of our config keys."""
+    import dataclasses
+
+    from lorapro.experiments.config import ExperimentArguments
+
+    lines = ["config keys, in YAML or as flags:"]
+    for item in dataclasses.fields(ExperimentArguments):
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = " ".join(item.default_factory())
+        shown = "" if default is None else f" [{default}]"
+        lines.append(f"  --{item.name:<24} {item.metadata.get('help', '')}{shown}")
+    lines.append("  and every field of transformers.TrainingArguments (learning_rate, max_steps,")
+    lines.append("  num_train_epochs, per_device_train_batch_size, seed, output_dir, ...)")
+    return "\n".join(lines)
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say about their own insides; our own output stays readable."""
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=transformers.__name__)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="peft")
+
+
+def report_line(text: str) -> None:
+    """Print one line of progress to standard error."""
+    print(text, file=sys.stderr, flush=True)

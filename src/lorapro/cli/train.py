@@ -1,0 +1,40 @@
+"""``lorapro train CONFIG.yaml [--flag value]``: one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorapro.cli.common import Parser, config_help, report_line
+
+__all__ = ["run"]
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Train one configuration and print its result."""
+    parser = Parser(
+        "train",
+        usage="lorapro train [CONFIG.yaml] [--flag value ...]",
+        description="Train one model. A finished run is not repeated, an interrupted one goes on.",
+    )
+    if any(flag in ("-h", "--help") for flag in arguments):
+        parser.epilog = config_help()
+        parser.print_help()
+        return
+    flags = list(arguments)
+    path = flags.pop(0) if flags and not flags[0].startswith("-") else None
+
+    from lorapro.cli.common import quiet_libraries
+    from lorapro.experiments.config import load_config
+    from lorapro.experiments.runner import run as run_config
+
+    quiet_libraries()
+    config = load_config(path, flags)
+    result = run_config(config, log=report_line)
+    for split in ("validation", "test"):
+        values = ", ".join(f"{name} {value:.4g}" for name, value in result[split].items())
+        print(f"{split}: {values}")
+    for kind, name in result["saved"].items():
+        print(f"{kind}: {config.folder / name}")
+    if "merged" in result["saved"]:
+        print("weight decay changed the base weights: the merged model is the trained one")
+    print(f"result: {config.folder / 'result.json'}")

@@ -1,0 +1,135 @@
+"""The loss-curve figure of a comparison."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw_curves", "read_curve", "smooth", "spread_labels"]
+
+# Okabe and Ito's palette, told apart with every common colour-vision deficiency; line styles
+# repeat the distinction in grey print.
+COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00")
+STYLES = ("-", "--", "-", "--", "-", "--", "-", "--")
+INK, FAINT = "#333333", "#dddddd"
+
+
+def read_curve(path: Path, column: str) -> tuple[list[float], list[float]]:
+    """Return (steps, values) of one column of a run's ``curve.csv``, finite values only."""
+    steps, values = [], []
+    with path.open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            if row.get(column) and math.isfinite(float(row[column])):
+                steps.append(float(row["step"]))
+                values.append(float(row[column]))
+    return steps, values
+
+
+def smooth(values: list[float], memory: float = 0.7) -> list[float]:
+    """Exponential moving average, without bias towards its start.
+
+    >>> smooth([2.0, 2.0, 2.0])
+    [2.0, 2.0, 2.0]
+    """
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = memory * total + value, memory * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def spread_labels(positions: list[float], distance: float) -> list[float]:
+    """Move label positions apart to at least ``distance``, in order, as little as needed.
+
+    >>> spread_labels([1.0, 1.0, 5.0], 1.0)
+    [0.5, 1.5, 5.0]
+    """
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    clusters: list[list[int]] = []
+    centers: list[float] = []
+    for i in order:
+        clusters.append([i])
+        centers.append(positions[i])
+        while len(clusters) > 1:
+            reach = distance * (len(clusters[-1]) + len(clusters[-2])) / 2
+            if centers[-1] - centers[-2] >= reach:
+                break
+            merged = clusters.pop(-2) + clusters.pop()
+            clusters.append(merged)
+            centers[-2:] = [sum(positions[j] for j in merged) / len(merged)]
+    placed = [0.0] * len(positions)
+    for center, cluster in zip(centers, clusters, strict=True):
+        for place, i in enumerate(cluster):
+            placed[i] = center + distance * (place - (len(cluster) - 1) / 2)
+    return placed
+
+
+def _mean_curve(folders: list[Path], column: str) -> tuple[list[float], list[float]]:
+    """Mean over seeds at the steps that all of them have."""
+    curves = [dict(zip(*read_curve(f / "curve.csv", column), strict=True)) for f in folders]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return steps, [sum(curve[s] for curve in curves) / len(curves) for s in steps]
+
+
+def draw_curves(folder: Path, summary: dict[str, Any], target: Path) -> None:
+    """Draw training loss (smoothed over its faint raw line) and validation loss of each method.
+
+    One line a method, at its chosen learning rate, the mean over seeds, named at its end.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for axes, column, title in zip(
+        panels, ("train_loss", "eval_loss"), ("Training loss", "Validation loss"), strict=True
+    ):
+        ends: list[tuple[str, float, float, str]] = []
+        for number, row in enumerate(summary["methods"]):
+            color, style = COLORS[number % len(COLORS)], STYLES[number % len(STYLES)]
+            steps, values = _mean_curve([folder / name for name in row["folders"]], column)
+            if not steps:
+                continue
+            shown = smooth(values) if column == "train_loss" else values
+            if column == "train_loss":
+                axes.plot(steps, values, color=color, alpha=0.18, linewidth=1)
+            marker = None if column == "train_loss" else "o"
+            axes.plot(steps, shown, style, color=color, linewidth=2, marker=marker, markersize=3.5)
+            ends.append((row["label"], steps[-1], shown[-1], color))
+        _finish(axes, title, ends)
+    rank, task = summary["rank"], summary["task"]
+    figure.suptitle(
+        f"{task}, rank {rank}: each method at its own learning rate", color=INK, x=0.01, ha="left"
+    )
+    scratch = target.with_name(target.name + ".part")
+    figure.savefig(scratch, format="png", facecolor="white")
+    scratch.replace(target)
+
+
+def _finish(axes: Any, title: str, ends: list[tuple[str, float, float, str]]) -> None:
+    """Name the lines at their ends and take away what does not carry data."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("step", color=INK)
+    axes.tick_params(colors=INK, length=3)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    low, high = axes.get_ylim()
+    places = spread_labels([end for _, _, end, _ in ends], (high - low) * 0.052)
+    for (label, step, value, color), place in zip(ends, places, strict=True):
+        axes.annotate(
+            label,
+            xy=(step, value),
+            xytext=(1.03, place),
+            textcoords=("axes fraction", "data"),
+            color=color,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6},
+        )
+    axes.margins(x=0.01)

@@ -1,0 +1,111 @@
+"""A comparison's report: table (terminal and Markdown), loss-curve figure, JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorapro.experiments.figure import draw_curves
+from lorapro.experiments.folders import write_json, write_text
+
+__all__ = ["FIGURE", "print_report", "table_cells", "write"]
+
+FIGURE, TABLE, RESULTS = "curves.png", "table.md", "results.json"
+
+
+def _number(summary: dict[str, Any] | None, digits: int) -> str:
+    if summary is None:
+        return "-"
+    mean = f"{summary['mean']:.{digits}f}"
+    return mean if summary["sd"] is None else f"{mean} ± {summary['sd']:.{digits}f}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**20:.1f} MB" if count < 2**30 else f"{count / 2**30:.2f} GB"
+
+
+def table_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of the table as text."""
+    metric = summary["metric"]
+    has_metric = any(row["metric"] for row in summary["methods"])
+    gap = summary["gap"]
+    header = ["method", "lr", "test loss"]
+    header += [f"test {metric.replace('_', ' ')}"] if has_metric else []
+    header += ["gap closed"] if gap else []
+    header += ["trainable", "optimizer state", "s/step"]
+    rows = []
+    for row in summary["methods"]:
+        cells = [row["label"], f"{row['learning_rate']:g}", _number(row["test_loss"], 4)]
+        cells += [_number(row["metric"], 3)] if has_metric else []
+        if gap:
+            closed = row.get("gap_closed")
+            cells.append("" if closed is None else f"{100 * closed:.0f} %")
+            if not gap["exists"] and row["label"] not in ("lora", "full"):
+                cells[-1] = "no gap"
+        cells += [
+            f"{row['trainable_parameters'] / 1e6:.2f} M",
+            _bytes(row["optimizer_state_bytes"]),
+            f"{row['seconds_per_step']:.2f}",
+        ]
+        rows.append(cells)
+    return header, rows
+
+
+def notes(summary: dict[str, Any]) -> list[str]:
+    """Return the sentences under the table."""
+    lines = []
+    seeds = len(summary["seeds"])
+    lines.append(
+        f"Task {summary['task']}, rank {summary['rank']}; "
+        + (f"mean ± standard deviation over {seeds} seeds." if seeds > 1 else "one seed.")
+    )
+    if gap := summary["gap"]:
+        size = f"Gap from LoRA to full fine-tuning: {gap['size']:.4f} of test loss"
+        if gap["noise"] is None:
+            lines.append(f"{size}; one seed gives no estimate of its noise.")
+        else:
+            verdict = "" if gap["exists"] else ": no gap beyond noise"
+            lines.append(f"{size}, 95 % interval ± {gap['noise']:.4f}{verdict}.")
+    lines += [f"Warning: {line}." for line in summary["warnings"]]
+    return lines
+
+
+def _markdown(summary: dict[str, Any]) -> str:
+    header, rows = table_cells(summary)
+    lines = [header, ["---"] * 1 + ["---:"] * (len(header) - 1), *rows]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return table + "\n\n" + "\n".join(notes(summary)) + "\n"
+
+
+def write(folder: Path, summary: dict[str, Any]) -> None:
+    """Write figure, table and JSON into ``folder``."""
+    draw_curves(folder, summary, folder / FIGURE)
+    write_text(folder / TABLE, _markdown(summary))
+    write_json(folder / RESULTS, summary)
+
+
+def print_report(folder: Path, summary: dict[str, Any], console: Console) -> None:
+    """Print the table, its notes and where everything lies."""
+    header, rows = table_cells(summary)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
+    wide = console if console.is_terminal else Console(width=140, file=console.file)
+    console.print()
+    wide.print(table)
+    console.print()
+    for line in notes(summary):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print()
+    console.print(f"Loss curves: {folder / FIGURE}", highlight=False, soft_wrap=True)
+    console.print(f"Table:       {folder / TABLE}", highlight=False, soft_wrap=True)
+    for row in summary["methods"]:
+        for kind, name in row["saved"].items():
+            where = folder / row["folders"][0] / name
+            title = f"{kind.capitalize()} of {row['label']}:"
+            console.print(f"{title} {where}", highlight=False, soft_wrap=True, markup=False)

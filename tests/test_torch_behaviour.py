@@ -28,6 +28,8 @@ KINDS = {
     "efficient": {"mode": "efficient", "lr": 1e-2, "weight_decay": 0.01},
     "full": {"mode": "full", "lr": 1e-2},
     "full+decay": {"mode": "full", "lr": 1e-2, "weight_decay": 0.1},
+    "factored": {"mode": "factored", "lr": 1e-2, "weight_decay": 0.01},
+    "muon": {"optimizer": "muon", "lr": 1e-2, "weight_decay": 0.01},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -165,8 +167,8 @@ def test_a_broken_gradient_reaches_its_own_pair_only(kind, bad):
         for i in range(3)
     ]
     options = {k: v for k, v in KINDS[kind].items() if k not in ("optimizer", "weight_decay")}
-    cls = lorapro.LoraProSGD if kind == "sgd" else lorapro.LoraProAdamW
-    optimizer = cls(lorapro.lora_param_groups(None, pairs=pairs), **options)
+    classes = {"sgd": lorapro.LoraProSGD, "muon": lorapro.LoraProMuon}
+    optimizer = classes.get(kind, lorapro.LoraProAdamW)(lorapro.lora_param_groups(None, pairs=pairs), **options)
     for step in range(3):
         for i, pair in enumerate(pairs):
             feed_dense_gradient(pair, torch.randn(4, 5))

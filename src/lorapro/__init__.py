@@ -4,6 +4,7 @@ from lorapro import functional as functional
 from lorapro.optim.adamw import LoraProAdamW as LoraProAdamW
 from lorapro.optim.create import create_lorapro_optimizer as create_lorapro_optimizer
 from lorapro.optim.hook import align_gradients as align_gradients
+from lorapro.optim.muon import LoraProMuon as LoraProMuon
 from lorapro.optim.sgd import LoraProSGD as LoraProSGD
 from lorapro.param_groups import lora_param_groups as lora_param_groups
 from lorapro.trainer import trainer_optimizer as trainer_optimizer

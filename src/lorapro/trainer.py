@@ -28,12 +28,12 @@ def trainer_optimizer(
 ) -> tuple[type[LoraProFactory], dict[str, Any]]:
     """The value for ``Trainer(optimizer_cls_and_kwargs=…)``, also in ``SFTTrainer``.
 
-    Learning rate, weight decay and, for AdamW, betas and epsilon come from ``args``; warmup and
-    schedules work as ever.
+    Learning rate, weight decay and, where AdamW is part of it, betas and epsilon come from
+    ``args``; warmup and schedules work as ever.
 
     Args:
         args: the ``TrainingArguments`` (or ``SFTConfig``) given to the trainer.
-        optimizer: ``"adamw"`` or ``"sgd"``.
+        optimizer: ``"adamw"``, ``"sgd"`` or ``"muon"``.
         kwargs: ``mode``, ``x``, ``adapter``, ``on_unaligned``, or anything that the optimizer
             takes and that should not come from ``args``.
 
@@ -60,6 +60,6 @@ def trainer_optimizer(
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
     }
-    if optimizer == "adamw":
+    if optimizer != "sgd":
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return LoraProFactory, {**options, **kwargs}

@@ -1,4 +1,4 @@
-"""AdamW on pairs: Algorithms 2 (efficient mode) and 3 (full mode) of the LoRA-Pro paper.
+"""AdamW on pairs: the paper's Algorithms 2 (efficient) and 3 (full), and ours, factored mode.
 
 Shape letters: m, n rows and columns of W; r rank; k pairs stacked by shape.
 """
@@ -11,34 +11,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from lorapro.functional import align_in, spectrum
+from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, AdamRule, new_adam_state
 from lorapro.optim.base import (
     BASE,
     PAIRS,
     Bucket,
-    PairOptimizer,
     aligned_gradients,
     buckets,
     plain_gradients,
 )
+from lorapro.optim.factored import precondition, squared_means
+from lorapro.optim.tangent import TangentOptimizer, left_right
 
 __all__ = ["MODES", "LoraProAdamW"]
 
-MODES = ("efficient", "full")
-STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
+MODES = ("efficient", "full", "factored")
+ROWS, COLUMNS = "row_means", "column_means"
 
 
-class LoraProAdamW(PairOptimizer):
+class LoraProAdamW(AdamRule, TangentOptimizer):
     """AdamW that follows full fine-tuning's AdamW through low-rank adapters.
 
     ``mode="efficient"`` (Algorithm 2) runs AdamW on the aligned gradients (d_A, d_B); its state is
     that of LoRA's AdamW. ``mode="full"`` (Algorithm 3) keeps both moments of the equivalent
     gradient g̃, two (m, n) tensors a pair, takes ``h = m̂ / (√v̂ + ε)`` and steps along
-    ``align(s·Bᵀh, s·h·Aᵀ)``. The paper prints ``v̂ = v/(1 − β1ᵗ)`` in Algorithm 2; it is β2.
+    ``align(s·Bᵀh, s·h·Aᵀ)``. ``mode="factored"`` (ours) does the same at LoRA's memory: the first
+    moment is a tangent vector that moves with the factors, the second is kept as row and column
+    means of g̃∘g̃ (``lorapro.optim.tangent``); no (m, n) tensor is ever formed. The paper prints
+    ``v̂ = v/(1 − β1ᵗ)`` in Algorithm 2; it is β2.
 
-    Weight decay λ in efficient mode acts on A and B. In full mode it acts on W, Eq. (58):
+    Weight decay λ in efficient mode acts on A and B, in factored mode on their product,
+    ``s·B·A ← (1 − γλ)·s·B·A``. In full mode it acts on W, Eq. (58):
     ``W0 ← (1 − γλ)W0``, ``A ← √(1 − γλ)·A``, ``B ← √(1 − γλ)·B``, with γ the current learning
     rate. The base weights then change during training, which an adapter saved alone does not
     carry: save the merged model. ``state_dict`` does carry them, so that a run can be resumed.
@@ -47,11 +52,12 @@ class LoraProAdamW(PairOptimizer):
 
     Args:
         params: groups from ``lorapro.lora_param_groups``.
-        lr: learning rate γ. Full mode wants full fine-tuning's, efficient mode LoRA's or more.
+        lr: learning rate γ. Full and factored mode want full fine-tuning's, efficient
+            mode LoRA's or more.
         betas: decay rates of the first and second moment.
         eps: added to √v̂, as ``torch.optim.AdamW`` has it.
         weight_decay: λ.
-        mode: ``"efficient"`` or ``"full"``.
+        mode: ``"efficient"``, ``"full"`` or ``"factored"``.
         x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``, see :func:`lorapro.functional.align`.
 
     Raises:
@@ -79,10 +85,7 @@ class LoraProAdamW(PairOptimizer):
         mode: str = "efficient",
         x: str = "sylvester",
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas are {betas}, expected two numbers of 0 or more and below 1.")
-        if not eps >= 0:
-            raise ValueError(f"eps is {eps}, expected 0 or more.")
+        self.check_adam(betas, eps)
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -121,39 +124,53 @@ class LoraProAdamW(PairOptimizer):
 
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""
-        if group["role"] == PAIRS and group["mode"] == "full":
+        if group["role"] != PAIRS:
+            self.adamw_update(plain_gradients(group), group)
+        elif group["mode"] == "efficient":
+            self.adamw_update(aligned_gradients(group, group["x"]), group)
+        elif group["mode"] == "factored":
+            self.tangent_update(group)
+        else:
             for bucket in buckets(group):
                 self._full_update(bucket, group)
-            return
-        if group["role"] == PAIRS:
-            grads = aligned_gradients(group, group["x"])
-        else:
-            grads = plain_gradients(group)
-        self._adamw_update(grads, group)
 
-    def _adamw_update(self, grads: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
-        """AdamW as torch has it, on the gradients given."""
-        for p, _ in grads:
-            if not self.state[p]:
-                self.state[p] = _new_state(p)
-        on_cpu = all(p.device.type == "cpu" for p, _ in grads)
-        states = [self.state[p] for p, _ in grads]
-        adamw(
-            [p for p, _ in grads],
-            [g for _, g in grads],
-            [s[EXP_AVG] for s in states],
-            [s[EXP_AVG_SQ] for s in states],
-            [],
-            [s[STEP] for s in states],
-            fused=on_cpu or None,  # elsewhere torch picks, with the step counters on the host
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
+    def decay(self, group: dict[str, Any]) -> float:
+        """β1 of factored mode."""
+        return group["betas"][0]
+
+    def new_state(self, A: Tensor, B: Tensor, b: Bucket) -> None:
+        """Momentum and the two means of factored mode."""
+        super().new_state(A, B, b)
+        self.state[B][ROWS] = torch.zeros(b.blocks, b.B.shape[-2], dtype=B.dtype, device=B.device)
+        self.state[A][COLUMNS] = torch.zeros(
+            b.blocks, b.A.shape[-1], dtype=A.dtype, device=A.device
         )
+
+    def direction(
+        self,
+        b: Bucket,
+        group: dict[str, Any],
+        M: tuple[Tensor, Tensor],
+        G: tuple[Tensor, Tensor],
+        s: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Factored mode: ``h = D_row·M̂·D_col``."""
+        beta1, beta2 = group["betas"]
+        A, B = b.A.double(), b.B.double()
+        means = squared_means(*left_right(A, B, *G, s))
+        held = (
+            [self.state[B][ROWS] for _, B in b.params],
+            [self.state[A][COLUMNS] for A, _ in b.params],
+        )
+        steps = torch.stack([self.state[B][STEP] for _, B in b.params]).double().to(A.device)
+        steps = steps.repeat_interleave(b.blocks)[:, None]
+        rows, columns = (
+            _average(kept, mean, beta2) / (1 - beta2**steps)
+            for kept, mean in zip(held, means, strict=True)
+        )
+        L, R = left_right(A, B, *M, s)
+        L = L / (1 - beta1**steps)[..., None]
+        return precondition(L, R, rows, columns, group["eps"])
 
     def _full_update(self, b: Bucket, group: dict[str, Any]) -> None:
         """Algorithm 3 for pairs of one shape. The (m, n) part goes pair by pair."""
@@ -174,7 +191,7 @@ class LoraProAdamW(PairOptimizer):
                 g = g + (s[part] * d_B[part]).to(A_i.dtype) @ A_i
             state = self.state[B]
             if not state:
-                state.update(_new_state(B, shape=g.shape))
+                state.update(new_adam_state(B, shape=g.shape))
             h = _adam_direction(state, g, beta1, beta2, group["eps"])
             h_A.append(s[part] * (B_i.mT @ h))
             h_B.append(s[part] * (h @ A_i.mT))
@@ -207,10 +224,9 @@ def _adam_direction(
     return (m.to(g.dtype) / (1 - beta1**t)).div_(denominator)
 
 
-def _new_state(p: Tensor, shape: torch.Size | None = None) -> dict[str, Tensor]:
-    shape = p.shape if shape is None else shape
-    return {
-        STEP: torch.zeros((), dtype=torch.float32),
-        EXP_AVG: torch.zeros(shape, dtype=p.dtype, device=p.device),
-        EXP_AVG_SQ: torch.zeros(shape, dtype=p.dtype, device=p.device),
-    }
+def _average(held: list[Tensor], new: Tensor, beta: float) -> Tensor:
+    """Moving average of stacked values, written back to the tensors that hold it."""
+    moment = torch.cat(held).to(new.dtype).lerp(new, 1 - beta)
+    for kept, part in zip(held, moment.split(held[0].shape[0]), strict=True):
+        kept.copy_(part)
+    return moment

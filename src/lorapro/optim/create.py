@@ -9,12 +9,17 @@ from torch import nn
 
 from lorapro.optim.adamw import LoraProAdamW
 from lorapro.optim.base import PairOptimizer
+from lorapro.optim.muon import LoraProMuon
 from lorapro.optim.sgd import LoraProSGD
 from lorapro.param_groups import lora_param_groups
 
 __all__ = ["OPTIMIZERS", "create_lorapro_optimizer"]
 
-OPTIMIZERS: dict[str, type[PairOptimizer]] = {"adamw": LoraProAdamW, "sgd": LoraProSGD}
+OPTIMIZERS: dict[str, type[PairOptimizer]] = {
+    "adamw": LoraProAdamW,
+    "sgd": LoraProSGD,
+    "muon": LoraProMuon,
+}
 
 
 def create_lorapro_optimizer(
@@ -29,13 +34,13 @@ def create_lorapro_optimizer(
 
     Args:
         model: a PEFT model with trainable LoRA layers.
-        optimizer: ``"adamw"`` or ``"sgd"``.
+        optimizer: ``"adamw"``, ``"sgd"`` or ``"muon"``.
         adapter: train this adapter only.
         on_unaligned: ``"error"`` or ``"plain"``, see ``lorapro.lora_param_groups``.
         kwargs: arguments of the optimizer: ``lr``, ``mode``, ``x``, ``weight_decay``, …
 
     Returns:
-        A :class:`LoraProAdamW` or :class:`LoraProSGD`.
+        A :class:`LoraProAdamW`, :class:`LoraProSGD` or :class:`LoraProMuon`.
 
     Raises:
         ValueError: an unknown optimizer, argument or value, or a model without trainable pairs.

@@ -1,0 +1,61 @@
+"""AdamW as torch has it, for whatever gradients an optimizer of this package has at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+__all__ = ["EXP_AVG", "EXP_AVG_SQ", "STEP", "AdamRule", "new_adam_state"]
+
+STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
+
+
+def new_adam_state(p: Tensor, shape: torch.Size | None = None) -> dict[str, Tensor]:
+    """Step counter on the host and two moments in the dtype of the parameter."""
+    shape = p.shape if shape is None else shape
+    return {
+        STEP: torch.zeros((), dtype=torch.float32),
+        EXP_AVG: torch.zeros(shape, dtype=p.dtype, device=p.device),
+        EXP_AVG_SQ: torch.zeros(shape, dtype=p.dtype, device=p.device),
+    }
+
+
+class AdamRule:
+    """Mix-in for optimizers whose groups carry ``betas``, ``eps``, ``lr`` and ``weight_decay``."""
+
+    state: Any
+
+    @staticmethod
+    def check_adam(betas: tuple[float, float], eps: float) -> None:
+        """Raise ``ValueError`` for decay rates or an epsilon out of range."""
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas are {betas}, expected two numbers of 0 or more and below 1.")
+        if not eps >= 0:
+            raise ValueError(f"eps is {eps}, expected 0 or more.")
+
+    def adamw_update(self, grads: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        """One step of AdamW on (parameter, gradient) pairs."""
+        for p, _ in grads:
+            if not self.state[p]:
+                self.state[p] = new_adam_state(p)
+        on_cpu = all(p.device.type == "cpu" for p, _ in grads)
+        states = [self.state[p] for p, _ in grads]
+        adamw(
+            [p for p, _ in grads],
+            [g for _, g in grads],
+            [s[EXP_AVG] for s in states],
+            [s[EXP_AVG_SQ] for s in states],
+            [],
+            [s[STEP] for s in states],
+            fused=on_cpu or None,  # elsewhere torch picks, with the step counters on the host
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )

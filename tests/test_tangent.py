@@ -1,0 +1,214 @@
+"""Factored AdamW and Muon against dense twins, and their limit cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lorapro
+from helpers import feed_dense_gradient, mlp, pairs_of, patterned, randomise_B, through_a_file
+from lorapro.factors import LoraPair
+from reference import tangent
+
+TWINS = {"factored": tangent.Factored, "muon": tangent.Muon}
+every_rule = pytest.mark.parametrize("rule", TWINS)
+
+
+def build(rule, groups, lr=0.01, **options):
+    if rule == "muon":
+        return lorapro.LoraProMuon(groups, lr=lr, **options)
+    return lorapro.LoraProAdamW(groups, lr=lr, mode="factored", **options)
+
+
+def by_hand(A, B, s=1.5):
+    A, B = (nn.Parameter(torch.tensor(t, dtype=torch.float64)) for t in (A, B))
+    return LoraPair("w", A, B, scaling=s)
+
+
+def twin_of(rule, pair, **options):
+    A, B = pair.A.detach().numpy(), pair.B.detach().numpy()
+    return TWINS[rule](A, B, pair.scaling, **options)
+
+
+def agree(pair, reference, tolerance=1e-9):
+    for have, want in ((pair.A, reference.A), (pair.B, reference.B)):
+        np.testing.assert_allclose(have.detach(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("x", ["sylvester", "zero", "symmetric"])
+@every_rule
+@pytest.mark.parametrize("model", [mlp, patterned])
+@pytest.mark.parametrize("start", ["B=0", "B random"])
+def test_fifty_steps_equal_the_dense_twin(rule, x, model, start):
+    model = model() if start == "B=0" else randomise_B(model())
+    pairs = pairs_of(model)
+    options = {"weight_decay": 0.1, "x": x}
+    optimizer = build(rule, lorapro.lora_param_groups(model), **options)
+    twins = [twin_of(rule, pair, **options) for pair in pairs]
+    generator = torch.Generator().manual_seed(0)
+    for t in range(50):
+        if t == 25:
+            state = through_a_file(optimizer.state_dict())
+            optimizer = build(rule, lorapro.lora_param_groups(model), **options)
+            optimizer.load_state_dict(state)
+        lr = 0.01 * 0.98**t
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for pair, reference in zip(pairs, twins, strict=True):
+            G = torch.randn(pair.shape, generator=generator, dtype=torch.float64)
+            feed_dense_gradient(pair, G)
+            reference.step(G.numpy(), lr)
+        optimizer.step()
+        for pair, reference in zip(pairs, twins, strict=True):
+            agree(pair, reference)
+
+
+@every_rule
+@pytest.mark.parametrize("case", ["dead row", "rank of both", "both=0", "A=0"])
+def test_factors_of_deficient_rank(rule, case):
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((3, 8)), rng.standard_normal((6, 3))
+    if case == "dead row":
+        A[1] = 0
+    if case == "rank of both":
+        A[2], B[:, 0] = A[0] - A[1], 2 * B[:, 1]
+    if case in ("both=0", "A=0"):
+        A[:] = 0
+    if case == "both=0":
+        B[:] = 0
+    pair = by_hand(A, B)
+    optimizer = build(rule, lorapro.lora_param_groups(None, pairs=[pair]))
+    reference = twin_of(rule, pair)
+    for _ in range(3):
+        G = torch.tensor(rng.standard_normal((6, 8)))
+        feed_dense_gradient(pair, G)
+        reference.step(G.numpy(), 0.01)
+        optimizer.step()
+        agree(pair, reference, 1e-8)
+
+
+def dense_steps(rule, W, gradients, lr, beta=0.9):
+    """The same rule for an unconstrained matrix W, no projection anywhere."""
+    M, rows, columns = np.zeros_like(W), np.zeros(len(W)), np.zeros(W.shape[1])
+    for t, G in enumerate(gradients, start=1):
+        M = beta * M + (1 - beta) * G
+        if rule == "muon":
+            h = 0.2 * np.sqrt(max(W.shape)) * tangent.polar(beta * M + (1 - beta) * G)
+        else:
+            rows = 0.999 * rows + 0.001 * (G**2).mean(1)
+            columns = 0.999 * columns + 0.001 * (G**2).mean(0)
+            r, c = rows / (1 - 0.999**t), columns / (1 - 0.999**t)
+            h = M / (1 - beta**t) / (np.sqrt(np.outer(r, c) / r.mean()) + 1e-8)
+        W = W - lr * h
+    return W
+
+
+@every_rule
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4)])
+def test_at_full_rank_the_weight_takes_the_dense_rules_steps(rule, shape):
+    m, n = shape
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((4, n)), rng.standard_normal((m, 4))
+    gradients = [rng.standard_normal(shape) for _ in range(4)]
+    errors = []
+    for lr in (1e-4, 1e-5):
+        pair = by_hand(A, B)
+        options = {"momentum": 0.9} if rule == "muon" else {}
+        optimizer = build(rule, lorapro.lora_param_groups(None, pairs=[pair]), lr=lr, **options)
+        for G in gradients:
+            feed_dense_gradient(pair, torch.tensor(G))
+            optimizer.step()
+        start = 1.5 * B @ A
+        want = dense_steps(rule, start, gradients, lr)
+        have = 1.5 * (pair.B @ pair.A).detach().numpy()
+        errors.append(np.linalg.norm(have - want) / np.linalg.norm(want - start))
+    assert errors[0] < 0.05
+    assert errors[1] < max(0.2 * errors[0], 1e-7)  # what is left is second order in lr
+
+
+@every_rule
+def test_without_momentum_the_past_is_forgotten(rule):
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((3, 8)), rng.standard_normal((6, 3))
+    G = torch.tensor(rng.standard_normal((6, 8)))
+    ends = []
+    for history in (0, 3):
+        pair = by_hand(A, B)
+        options = {"momentum": 0.0} if rule == "muon" else {"betas": (0.0, 0.0)}
+        optimizer = build(rule, lorapro.lora_param_groups(None, pairs=[pair]), **options)
+        for _ in range(history):
+            feed_dense_gradient(pair, torch.tensor(rng.standard_normal((6, 8))))
+            optimizer.step()
+        with torch.no_grad():
+            pair.A.copy_(torch.tensor(A))
+            pair.B.copy_(torch.tensor(B))
+        feed_dense_gradient(pair, G)
+        optimizer.step()
+        ends.append((pair.A.detach(), pair.B.detach()))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-11)
+
+
+def test_transport_is_the_identity_where_nothing_moves_and_a_projection_elsewhere():
+    from lorapro.optim.tangent import transport
+
+    rng = np.random.default_rng(0)
+    A, B, A_new, B_new = (
+        torch.tensor(rng.standard_normal(shape))
+        for shape in ((2, 3, 8), (2, 6, 3), (2, 3, 8), (2, 6, 3))
+    )
+    M_A = torch.tensor(rng.standard_normal(A.shape))
+    M_B = torch.tensor(rng.standard_normal(B.shape))
+    M = B @ M_A + M_B @ A
+    for A_to, B_to in ((A, B), (A_new, B_new)):
+        got_A, got_B = transport((A, B), (A_to, B_to), M_A, M_B)
+        got = B_to @ got_A + got_B @ A_to
+        for i in range(2):
+            want = tangent.project(A_to[i].numpy(), B_to[i].numpy(), M[i].numpy())
+            np.testing.assert_allclose(got[i], want, atol=1e-10)
+    identity_A, identity_B = transport((A, B), (A, B), M_A, M_B)
+    torch.testing.assert_close(B @ identity_A + identity_B @ A, M)
+
+
+def test_muon_with_repeated_singular_values_and_a_diagonal_gradient():
+    pair = by_hand(np.eye(3), np.zeros((3, 3)), s=1.0)
+    optimizer = lorapro.LoraProMuon(lorapro.lora_param_groups(None, pairs=[pair]), lr=1.0)
+    feed_dense_gradient(pair, torch.diag(torch.tensor([4.0, 4.0, -1e-3], dtype=torch.float64)))
+    optimizer.step()
+    want = -0.2 * 3**0.5 * torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
+    torch.testing.assert_close((pair.B @ pair.A).detach(), want)
+
+
+@pytest.mark.parametrize("case", [("factored", 1.1), ("muon", 0.55)])
+def test_state_is_no_larger_than_promised(case):
+    rule, most = case
+    torch.manual_seed(0)
+    pairs = [
+        LoraPair(str(i), nn.Parameter(torch.randn(8, 576)), nn.Parameter(torch.randn(m, 8)), 2.0)
+        for i, m in enumerate((576, 192, 1536))
+    ]
+    optimizer = build(rule, lorapro.lora_param_groups(None, pairs=pairs))
+    for pair in pairs:
+        feed_dense_gradient(pair, torch.randn(pair.shape))
+    optimizer.step()
+    kept = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
+    adamw = sum(2 * 4 * (pair.A.numel() + pair.B.numel()) for pair in pairs)
+    assert kept <= most * adamw
+    assert max(t.numel() for s in optimizer.state.values() for t in s.values()) <= 8 * 1536
+
+
+@every_rule
+def test_a_frozen_factor_stays_and_momentum_with_it(rule):
+    rng = np.random.default_rng(0)
+    A = nn.Parameter(torch.tensor(rng.standard_normal((3, 8))), requires_grad=False)
+    B = nn.Parameter(torch.zeros(6, 3, dtype=torch.float64))
+    pair = LoraPair("w", A, B, scaling=2.0)
+    optimizer = build(rule, lorapro.lora_param_groups(None, pairs=[pair]), x="zero")
+    kept = A.detach().clone()
+    G = torch.tensor(rng.standard_normal((6, 8)))
+    for _ in range(5):
+        B.grad = 2.0 * G @ A.T
+        optimizer.step()
+    assert torch.equal(A, kept)
+    assert float((2.0 * (B @ A).detach() * G).sum()) < 0

@@ -167,7 +167,7 @@ def test_a_broken_pair_spoils_no_other(x, bad, where, dtype):
 
 def test_bad_arguments_say_what_was_expected():
     A, B = torch.ones(2, 5), torch.ones(4, 2)
-    with pytest.raises(ValueError, match=r"'sylvestre'.*Did you mean 'sylvester'"):
+    with pytest.raises(ValueError, match=r"'sylvestre'.*did you mean 'sylvester'"):
         F.align(A, B, A, B, 1.0, x="sylvestre")
     with pytest.raises(ValueError, match=r"\(2, 5\) and B \(2, 4\)"):
         F.align(A, B.T, A, B.T, 1.0)

@@ -178,7 +178,7 @@ def test_training_follows_gradient_checkpointing_and_accumulation(tmp_path):
 
 def test_bad_arguments_are_told_at_once(tmp_path):
     args = arguments(TrainingArguments, tmp_path)
-    with pytest.raises(ValueError, match="'adamv'.*expected one of"):
+    with pytest.raises(ValueError, match="'adamv'.*did you mean 'adamw'"):
         lorapro.trainer_optimizer(args, optimizer="adamv")
     args.learning_rate = 0.0
     with pytest.raises(ValueError, match="learning_rate is 0"):

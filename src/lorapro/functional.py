@@ -18,18 +18,18 @@ paper is misprinted; ``docs/mathematics.md`` derives the form used here.
 
 from __future__ import annotations
 
-import difflib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lorapro.choices import check_choice
 
 __all__ = [
     "X_CHOICES",
     "Spectrum",
     "align",
     "align_in",
-    "check_x",
     "equivalent_gradient",
     "predicted_decrease",
     "spectrum",
@@ -56,19 +56,6 @@ class Spectrum(NamedTuple):
     U_B: Tensor
     eig_B: Tensor
     inv_B: Tensor
-
-
-def check_x(x: str) -> str:
-    """Return ``x`` if it names a choice of X, raise ``ValueError`` with the nearest name if not.
-
-    >>> check_x("zero")
-    'zero'
-    """
-    if x in X_CHOICES:
-        return x
-    near = difflib.get_close_matches(str(x), X_CHOICES, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"x is {x!r}, expected one of {', '.join(map(repr, X_CHOICES))}.{hint}")
 
 
 def spectrum(A: Tensor, B: Tensor) -> Spectrum:
@@ -139,7 +126,7 @@ def align(
     tensor([[3., 0.],
             [7., 0.]])
     """
-    check_x(x)
+    check_choice("x", x, X_CHOICES)
     _check_shapes(A, B, grad_A, grad_B)
     d_A, d_B = align_in(spectrum(A, B), A, B, grad_A, grad_B, scaling, x=x)
     return (

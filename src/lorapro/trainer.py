@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorapro.choices import check_choice
 from lorapro.optim.create import OPTIMIZERS, create_lorapro_optimizer
 
 if TYPE_CHECKING:
@@ -49,10 +50,7 @@ def trainer_optimizer(
     >>> kwargs["lr"], kwargs["mode"]
     (0.0001, 'full')
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(
-            f"optimizer is {optimizer!r}, expected one of {', '.join(map(repr, OPTIMIZERS))}."
-        )
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     if not args.learning_rate > 0:
         raise ValueError(f"learning_rate is {args.learning_rate}, expected a positive number.")
     options: dict[str, Any] = {

@@ -5,13 +5,13 @@ Shape letters: m, n rows and columns of W; r rank; k pairs stacked by shape.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorapro.choices import check_choice
 from lorapro.functional import align_in, spectrum
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, AdamRule, new_adam_state
 from lorapro.optim.base import (
@@ -98,13 +98,7 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see :class:`PairOptimizer`; an unknown mode is a ``ValueError``."""
-        mode = param_group.get("mode", self.defaults["mode"])
-        if mode not in MODES:
-            near = difflib.get_close_matches(str(mode), MODES, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"mode is {mode!r}, expected one of {', '.join(map(repr, MODES))}.{hint}"
-            )
+        check_choice("mode", param_group.get("mode", self.defaults["mode"]), MODES)
         super().add_param_group(param_group)
 
     def _adopt_bases(self, group: dict[str, Any], bases: list[Any]) -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lorapro.choices import check_choice
 from lorapro.factors import as_A, as_B, from_A, from_B
-from lorapro.functional import align, check_x
+from lorapro.functional import X_CHOICES, align
 
 __all__ = ["Bucket", "PairOptimizer", "aligned_gradients", "buckets", "plain_gradients"]
 
@@ -131,7 +132,7 @@ class PairOptimizer(Optimizer):
         """
         group = dict(param_group)
         group.setdefault("role", PLAIN)
-        check_x(group.get("x", self.defaults["x"]))
+        check_choice("x", group.get("x", self.defaults["x"]), X_CHOICES)
         lr = group.get("lr", self.defaults["lr"])
         if not lr > 0:
             raise ValueError(f"lr is {lr}, expected a positive learning rate.")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import nn
 
+from lorapro.choices import check_choice
 from lorapro.optim.adamw import LoraProAdamW
 from lorapro.optim.base import PairOptimizer
 from lorapro.optim.muon import LoraProMuon
@@ -51,11 +51,6 @@ def create_lorapro_optimizer(
     >>> create_lorapro_optimizer(model, mode="full", lr=1e-4).param_groups[0]["mode"]
     'full'
     """
-    if optimizer not in OPTIMIZERS:
-        near = difflib.get_close_matches(str(optimizer), OPTIMIZERS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"optimizer is {optimizer!r}, expected one of {', '.join(map(repr, OPTIMIZERS))}.{hint}"
-        )
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     groups = lora_param_groups(model, adapter=adapter, on_unaligned=on_unaligned)
     return OPTIMIZERS[optimizer](groups, **kwargs)

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lorapro.choices import check_choice
 from lorapro.factors import LoraPair
-from lorapro.functional import check_x
+from lorapro.functional import X_CHOICES
 from lorapro.optim.base import aligned_gradients
 from lorapro.param_groups import lora_param_groups
 
@@ -59,7 +60,7 @@ def align_gradients(
             [-0.5000, -0.5000]])
     >>> handle.remove()
     """
-    check_x(x)
+    check_choice("x", x, X_CHOICES)
     group = lora_param_groups(model, adapter=adapter, pairs=pairs, on_unaligned=on_unaligned)[0]
     inner: Any = optimizer
     while isinstance(getattr(inner, "optimizer", None), Optimizer):

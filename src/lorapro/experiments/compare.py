@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 from dataclasses import asdict, fields
@@ -127,6 +128,7 @@ def _one(
     finished = folders.run_state(config) == "finished"
     progress.begin(name)
     result = run(config, tasks.of(config), on_step=progress.step)
+    gc.collect()  # the last model's reference cycles, before the next model is built
     folders.clear_checkpoints(config.folder)
     results[entry.label, rate, seed] = result
     loss = result["validation"]["loss"]

@@ -22,7 +22,9 @@ def nearest_hint(name: str, choices: Iterable[str]) -> str:
     >>> nearest_hint("lora-por", ["full", "lora-pro"])
     " (did you mean 'lora-pro'?)"
     """
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    known = list(choices)
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    found = found or [choice for choice in known if name and choice.startswith(name)]
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 

@@ -27,16 +27,20 @@ def read_curve(path: Path, column: str) -> tuple[list[float], list[float]]:
     return steps, values
 
 
-def smooth(values: list[float], memory: float = 0.7) -> list[float]:
-    """Exponential moving average, without bias towards its start.
+def smooth(values: list[float], width: float = 0.04) -> list[float]:
+    """Moving average with a Gaussian window of ``width`` times the curve's length to each side.
+
+    Centred, so that a falling curve is not shown late; at the ends the window is one-sided.
 
     >>> smooth([2.0, 2.0, 2.0])
     [2.0, 2.0, 2.0]
     """
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = memory * total + value, memory * weight + 1
-        smoothed.append(total / weight)
+    sigma = max(width * len(values), 1.0)
+    smoothed = []
+    for i in range(len(values)):
+        weights = [math.exp(-0.5 * ((i - j) / sigma) ** 2) for j in range(len(values))]
+        total = sum(w * v for w, v in zip(weights, values, strict=True))
+        smoothed.append(total / sum(weights))
     return smoothed
 
 

@@ -58,6 +58,7 @@ class RunsProgress:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.file.flush()  # a redirected log shows the line now, not at the end
 
     def begin(self, name: str) -> None:
         """A run has begun."""

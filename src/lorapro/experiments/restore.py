@@ -74,6 +74,8 @@ def evaluate_target(
     Raises:
         UserError: nothing there, or an adapter that does not fit.
     """
+    from transformers import PrinterCallback
+
     from lorapro.experiments.runner import make_task, make_trainer
 
     if limit is not None and limit < 1:
@@ -81,11 +83,10 @@ def evaluate_target(
     folder = Path(target)
     is_run = folder.is_dir()
     config = _run_config(folder, flags) if is_run else load_config(target, flags)
-    extra = {} if is_run else {"output_dir": "runs/evaluate"}
-    config = config.with_values(test_samples=limit or 0, disable_tqdm=True, **extra)
+    config = config.with_values(disable_tqdm=True)
     if is_run and adapter is not None:
         raise UserError("--adapter goes with a config YAML; a run's folder has its own adapter")
-    task = make_task(config, log)
+    task = make_task(config, log, limit or 0)
     if is_run:
         model = load_trained(folder, task)
     else:
@@ -93,6 +94,7 @@ def evaluate_target(
         model = model if adapter is None else _with_adapter(model, Path(adapter))
     model.eval()
     trainer = make_trainer(config, task, model, create_folder=False)
+    trainer.remove_callback(PrinterCallback)
     metrics = _test_metrics(trainer, task)
     save_to = Path(predictions) if predictions else folder / "predictions-test.jsonl"
     if predictions is None and not is_run:
@@ -123,6 +125,8 @@ def describe_target(
 
     model = _any_model(Path(target), flags, log)
     found = find_pairs(model)
+    if not found.pairs and not found.unaligned:
+        raise UserError(f"{target}: the model has no trainable LoRA pair to show")
     of_pairs = {id(p) for pair in found.pairs for p in (pair.A, pair.B)}
     plain = [
         {"name": name, "shape": list(p.shape), "size": p.numel()}

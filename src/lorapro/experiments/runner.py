@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import gc
 import io
 import math
 import statistics
@@ -48,10 +47,10 @@ class StepClock(TrainerCallback):
             self._on_step(state.global_step, state.max_steps)
 
 
-def make_task(config: Config, log: Log | None = None) -> Task:
-    """Return the config's task with its data read and tokenized."""
+def make_task(config: Config, log: Log | None = None, test_limit: int | None = None) -> Task:
+    """Return the config's task with its data read and tokenized (see ``Task.prepare``)."""
     task = TASKS[config.experiment.task](config.experiment)
-    task.prepare(log)
+    task.prepare(log, test_limit)
     return task
 
 
@@ -157,8 +156,6 @@ def run(
     result["saved"] = _save(config, model, task, folder)
     result["seconds"] = time.perf_counter() - started
     folders.write_json(folder / folders.RESULT, result)
-    del trainer, model
-    gc.collect()
     return result
 
 

@@ -54,17 +54,23 @@ class Task(ABC):
         if data is None:
             raise UserError(f"task {arguments.task!r} needs 'data': a file, a folder or a hub id")
         self.data_name = data
+        self.whole_test = False
 
-    def prepare(self, log: Callable[[str], None] | None = None) -> None:
-        """Fetch what is missing, read the data, tokenize it."""
+    def prepare(self, log: Callable[[str], None] | None = None, limit: int | None = None) -> None:
+        """Fetch what is missing, read the data, tokenize it.
+
+        With ``limit`` the first that many test rows are kept (0: all of them), where the data's own
+        test split counts as a whole. A test set cut from the training rows stays what it was.
+        """
+        self.whole_test = limit is not None
         self.model_path = asset_path(self.model_name, log)
         asset_path(self.data_name, log)
         train, validation, test = self.split_rows()
         self.tokenizer = load_tokenizer(self.model_path, self.model_name)
         self.train = self.encode(train)
         self.validation = by_length(self.encode(validation))
-        self.test = by_length(self.encode(test))
-        self.test_rows = test
+        self.test_rows = take(test, limit or 0)
+        self.test = by_length(self.encode(self.test_rows))
         if not self.train:
             raise UserError(f"no training example of {self.data_name} fits into max_length")
 

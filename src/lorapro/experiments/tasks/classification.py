@@ -71,7 +71,8 @@ class Classification(Task):
             raise UserError(f"{self.data_name} has no split 'train'; it has: {', '.join(splits)}")
         train = shuffled(deduplicate(splits["train"], text, label), args.split_seed)
         if "test" in splits:
-            test = take(shuffled(splits["test"], args.split_seed), args.test_samples)
+            count = 0 if self.whole_test else args.test_samples
+            test = take(shuffled(splits["test"], args.split_seed), count)
         else:
             train, test = self._cut(train, label, args.test_samples or len(train) // 5, "test")
         if "validation" in splits:

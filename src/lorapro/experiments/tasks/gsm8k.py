@@ -79,7 +79,8 @@ class GSM8K(Task):
             raise UserError(f"{self.data_name} has no split 'train'; it has: {', '.join(splits)}")
         train = shuffled(splits["train"], args.split_seed)
         if "test" in splits:
-            test = take(shuffled(splits["test"], args.split_seed), args.test_samples)
+            count = 0 if self.whole_test else args.test_samples
+            test = take(shuffled(splits["test"], args.split_seed), count)
         else:
             count = args.test_samples or len(train) // 5
             train, test = train[count:], train[:count]

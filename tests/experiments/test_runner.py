@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from lorapro.experiments.config import build_config
+from lorapro.experiments.errors import UserError
+from lorapro.experiments.methods import METHODS
+from lorapro.experiments.restore import describe_target, evaluate_target
+from lorapro.experiments.runner import make_task, run
+
+
+def curve(folder):
+    with (folder / "curve.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def first_loss(values, method, folder, **change):
+    run(build_config({**values, **change, "method": method, "output_dir": str(folder)}))
+    return float(curve(folder)[0]["train_loss"])
+
+
+def test_methods_meet_the_same_head_and_the_same_batches(classify, tmp_path):
+    # Before the first update every method is the pretrained model with its fresh head.
+    values = {**classify, "max_steps": 1, "eval_steps": 1}
+    losses = [first_loss(values, method, tmp_path / method) for method in METHODS]
+    assert max(losses) - min(losses) < 1e-5
+    assert abs(first_loss(values, "lora", tmp_path / "other", seed=1) - losses[0]) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora-pro", "lora-pro-full"])
+def test_what_is_saved_gives_the_loss_that_was_reported(classify, method):
+    config = build_config({**classify, "method": method, "learning_rate": 1e-2})
+    result = run(config)
+    assert result["steps"] == 6
+    assert result["diverged"] is False
+    assert result["saved"] == {"model": "model"} if method == "full" else {"adapter": "adapter"}
+    again = evaluate_target(str(config.folder))
+    assert again["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
+    assert again["accuracy"] == result["test"]["accuracy"]
+    assert json.loads((config.folder / "result.json").read_text())["test"] == result["test"]
+
+
+def test_the_adapter_is_an_ordinary_peft_adapter(classify, tiny_bert):
+    config = build_config({**classify, "method": "lora-pro"})
+    run(config)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    model = PeftModel.from_pretrained(base, config.folder / "adapter").eval()
+    task = make_task(config)
+    batch = task.collator()(task.test)
+    with torch.no_grad():
+        loss = model(**batch).loss
+    result = json.loads((config.folder / "result.json").read_text())
+    assert float(loss) == pytest.approx(result["test"]["loss"], abs=1e-5)
+
+
+def test_decayed_base_weights_are_saved_in_a_merged_model(classify):
+    values = {**classify, "method": "lora-pro-full", "weight_decay": 0.3, "learning_rate": 3e-2}
+    config = build_config(values)
+    result = run(config)
+    assert result["saved"] == {"adapter": "adapter", "merged": "merged"}
+    again = evaluate_target(str(config.folder))
+    assert again["loss"] == pytest.approx(result["test"]["loss"], abs=1e-5)
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-pro", "lora-pro-full", "full"])
+def test_an_interrupted_run_goes_on_to_the_same_end(classify, tmp_path, method):
+    values = {
+        **classify,
+        "method": method,
+        "weight_decay": 0.1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lora_dropout": 0.1,
+    }
+    whole = run(build_config({**values, "output_dir": str(tmp_path / "whole")}))
+    config = build_config({**values, "output_dir": str(tmp_path / "parts")})
+
+    def stop(done, total):
+        if done == 5:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(config, on_step=stop)
+    assert not (config.folder / "result.json").exists()
+    said, steps = [], []
+    parts = run(config, log=said.append, on_step=lambda done, total: steps.append(done))
+    assert said == ["going on from checkpoint-4"]
+    assert steps == [5, 6]
+    for split in ("validation", "test"):
+        assert parts[split] == whole[split]
+    losses = [[row["train_loss"] for row in curve(tmp_path / n)] for n in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def snapshot(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_a_finished_run_is_not_repeated(classify):
+    config = build_config({**classify, "method": "lora"})
+    first = run(config)
+    before = snapshot(config.folder)
+    said = []
+    assert run(config, log=said.append) == json.loads(json.dumps(first))
+    assert "finished" in said[0]
+    assert snapshot(config.folder) == before
+
+
+def test_a_folder_with_another_run_is_left_alone(classify):
+    config = build_config({**classify, "method": "lora"})
+    run(config)
+    before = snapshot(config.folder)
+    other = {**classify, "method": "lora", "rank": 3}
+    with pytest.raises(UserError, match=r"holds another run \(rank 2\).*--overwrite"):
+        run(build_config(other))
+    assert snapshot(config.folder) == before
+    note = config.folder / "note.txt"
+    note.write_text("mine")
+    replaced = run(build_config({**other, "overwrite": True}))
+    assert replaced["config"]["rank"] == 3
+    assert note.read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_left_alone(classify, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    for extra in ({}, {"overwrite": True}):
+        with pytest.raises(UserError, match="files that are not a run's"):
+            run(build_config({**classify, **extra}))
+    assert [p.name for p in folder.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 17}, r"rank 17 is above min\(m, n\) = 16 of .*query \(16 x 16\)"),
+        ({"target_modules": ["queri"]}, "cannot add the adapter: No modules were targeted"),
+        ({"method": "lora-pro-full", "adam_beta2": 1.5}, "betas"),
+        ({"data": "missing.csv"}, "missing.csv"),
+    ],
+)
+def test_bad_input_writes_nothing(classify, change, message, tmp_path):
+    config = build_config({**classify, **change})
+    with pytest.raises(UserError, match=message) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert not config.folder.exists()
+
+
+def test_gsm8k_runs_answers_and_is_evaluated(solve, tmp_path):
+    config = build_config({**solve, "method": "lora-pro", "generation_samples": 5})
+    result = run(config)
+    assert result["test"]["exact_match_total"] == 5
+    lines = (config.folder / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 5
+    again = evaluate_target(str(config.folder), limit=7)
+    assert again["exact_match_total"] == 7
+    saved = (config.folder / "predictions-test.jsonl").read_text().splitlines()
+    # The same model gives the same answers to the same questions.
+    assert [json.loads(a)["generated"] for a in saved[:5]] == [
+        json.loads(a)["generated"] for a in lines
+    ]
+
+
+def test_a_model_is_evaluated_before_training(solve, tmp_path, monkeypatch):
+    from experiments.tiny_models import write_yaml
+
+    monkeypatch.chdir(tmp_path)
+    values = {k: v for k, v in solve.items() if k != "output_dir"}
+    path = write_yaml(tmp_path / "c.yaml", values)
+    answers = tmp_path / "answers.jsonl"
+    metrics = evaluate_target(str(path), limit=4, predictions=str(answers))
+    assert metrics["exact_match_total"] == 4
+    assert len(answers.read_text().splitlines()) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "c.yaml"]
+    with pytest.raises(UserError, match="not the folder of a run"):
+        evaluate_target(str(tmp_path))
+    with pytest.raises(UserError, match="not the folder of an adapter"):
+        evaluate_target(str(path), adapter=str(tmp_path))
+
+
+def test_describe_shows_pairs_of_config_run_checkpoint_and_adapter(classify, tmp_path):
+    from experiments.tiny_models import write_yaml
+
+    values = {**classify, "method": "rslora", "alpha": 8, "rank": 4, "save_strategy": "steps"}
+    config = build_config(values)
+    path = write_yaml(tmp_path / "c.yaml", values)
+    before = describe_target(str(path))
+    assert {p["scaling"] for p in before["pairs"]} == {4.0}  # 8 / sqrt(4)
+    assert {p["rank"] for p in before["pairs"]} == {4}
+    assert {p["norm_B"] for p in before["pairs"]} == {0.0}
+    assert any("classifier" in p["name"] for p in before["plain"])
+    assert not config.folder.exists()
+    run(config)
+    (checkpoint,) = config.folder.glob("checkpoint-*")
+    for target in (config.folder, checkpoint, config.folder / "adapter"):
+        after = describe_target(str(target))
+        assert [p["name"] for p in after["pairs"]] == [p["name"] for p in before["pairs"]]
+        assert min(p["norm_B"] for p in after["pairs"]) > 0
+        assert after["trainable_parameters"] == before["trainable_parameters"]

@@ -17,18 +17,28 @@ Adapters are PEFT's. Layers are recognised by what they hold, so PEFT itself is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 __all__ = [
     "LoraPair",
     "Pairing",
     "UnalignableLayerError",
     "adapter_parameters",
+    "adapters_of",
+    "as_A",
+    "as_B",
     "find_pairs",
+    "from_A",
+    "from_B",
+    "is_tuner_layer",
+    "memory_of",
 ]
 
 LAYOUTS = ("matrix", "experts", "groups")
@@ -65,7 +75,7 @@ class LoraPair:
         layout: ``"matrix"``, ``"experts"`` or ``"groups"``, see the table of this module.
         blocks: number k of pairs held in the two parameters; 1 for ``"matrix"``.
         base: the frozen weight ``W0``, for weight decay in full mode; ``None`` if there is none
-            that could be scaled (a quantized one, say).
+            that could be scaled in place (a quantized one, say).
 
     Raises:
         ValueError: shapes that do not make a pair, or a scaling that is not a positive number.
@@ -88,33 +98,38 @@ class LoraPair:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"pair {self.name!r}: layout {self.layout!r} is not one of {LAYOUTS}.")
-        if not self.scaling > 0:
+        if not (self.scaling > 0 and math.isfinite(self.scaling)):
             raise ValueError(
                 f"pair {self.name!r} has scaling {self.scaling!r}, expected a positive number."
             )
+        stored = f"pair {self.name!r}: A {tuple(self.A.shape)} and B {tuple(self.B.shape)}"
+        if min(self.A.dim(), self.B.dim()) < 2:
+            raise ValueError(
+                f"{stored}, expected matrices; pair factors before ZeRO-3 or FSDP flattens them."
+            )
         try:
-            A, B = self.matrices(self.A.detach(), self.B.detach())
+            A, B = self._shapes()
         except RuntimeError as error:
             raise ValueError(
-                f"pair {self.name!r}: A {tuple(self.A.shape)} and B {tuple(self.B.shape)} do not "
-                f"fit the layout {self.layout!r} with {self.blocks} block(s)."
+                f"{stored} do not fit the layout {self.layout!r} with {self.blocks} block(s)."
             ) from error
-        if A.shape[-2] != B.shape[-1]:
-            raise ValueError(
-                f"pair {self.name!r}: A {tuple(self.A.shape)} and B {tuple(self.B.shape)} differ "
-                "in rank; expected A (r, n) and B (m, r)."
-            )
+        if A[-2] != B[-1]:
+            raise ValueError(f"{stored} differ in rank; expected A (r, n) and B (m, r).")
+
+    def _shapes(self) -> tuple[torch.Size, torch.Size]:
+        A, B = (torch.empty(p.shape, device="meta") for p in (self.A, self.B))
+        return tuple(t.shape for t in self.matrices(A, B))  # type: ignore[return-value]
 
     @property
     def rank(self) -> int:
         """Rank r of each block."""
-        return self.A.shape[0] // (1 if self.layout == "matrix" else self.blocks)
+        return self._shapes()[0][-2]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of each adapted block."""
-        A, B = self.matrices(self.A.detach(), self.B.detach())
-        return B.shape[-2], A.shape[-1]
+        A, B = self._shapes()
+        return B[-2], A[-1]
 
     def matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """See A-like and B-like tensors (factors, gradients) as (k, r, n) and (k, m, r)."""
@@ -123,14 +138,14 @@ class LoraPair:
 
 def as_A(A: Tensor, layout: str, blocks: int) -> Tensor:
     """View of an A-shaped tensor as (k, r, n)."""
-    return A.reshape(1 if layout == "matrix" else blocks, -1, A[0].numel())
+    return A.reshape(1 if layout == "matrix" else blocks, -1, A.shape[1:].numel())
 
 
 def as_B(B: Tensor, layout: str, blocks: int) -> Tensor:
     """View of a B-shaped tensor as (k, m, r)."""
     if layout == "experts":
         return B.reshape(B.shape[0], -1, blocks).permute(2, 0, 1)
-    return B.reshape(1 if layout == "matrix" else blocks, -1, B[0].numel())
+    return B.reshape(1 if layout == "matrix" else blocks, -1, B.shape[1:].numel())
 
 
 def from_A(d: Tensor, like: Tensor) -> Tensor:
@@ -150,8 +165,8 @@ class Pairing:
     """The pairs of a model and what could not be paired.
 
     Attributes:
-        pairs: every trainable pair, each parameter in one pair only.
-        unaligned: (name, reason) of adapter layers that no pair describes.
+        pairs: every trainable pair, each factor in one pair only.
+        unaligned: (name, reason) of trainable adapter layers that no pair describes.
     """
 
     pairs: tuple[LoraPair, ...]
@@ -166,7 +181,11 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> Pairing:
         adapter: name of one adapter; ``None`` takes all that are trainable.
 
     Returns:
-        A :class:`Pairing`, in the order of ``model.named_modules()``.
+        A :class:`Pairing`, in the order of ``model.named_modules()``. A pair has the path of its
+        layer as name, ``path[adapter]`` where several adapters of one layer are asked for.
+
+    An ``Embedding`` with ``padding_idx``: PEFT lets the padding token's gradient reach B and not A.
+    The two then belong to slightly different g, unless padding has no part in the loss.
 
     Raises:
         ValueError: the model has no adapter of that name.
@@ -177,30 +196,29 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> Pairing:
     >>> [(p.name, p.rank, p.shape, p.scaling) for p in find_pairs(model).pairs]
     [('base_model.model.0', 2, (4, 6), 4.0)]
     """
-    pairs: list[LoraPair] = []
+    found: list[LoraPair] = []
     unaligned: list[tuple[str, str]] = []
-    seen: dict[int, LoraPair] = {}
     names: set[str] = set()
     for path, module in model.named_modules():
         if not is_tuner_layer(module):
             continue
         names.update(adapters_of(module))
-        for key in adapters_of(module):
-            if adapter is not None and key != adapter:
-                continue
-            found = _pair_of(path, module, key)
-            if isinstance(found, str):
-                unaligned.append((path, found))
-            elif found is not None and _is_new(found, seen, unaligned):
-                pairs.append(found)
+        if type(module).__name__ in _PLAIN_TUNERS:
+            continue
+        asked = [key for key in adapters_of(module) if adapter in (None, key)]
+        trained = [k for k in asked if any(p.requires_grad for p in adapter_parameters(module, k))]
+        for key in trained:
+            name = path if len(trained) == 1 else f"{path}[{key}]"
+            try:
+                found += _pairs_of(name, module, key)
+            except ValueError as error:
+                unaligned.append((name, str(error)))
     if adapter is not None and adapter not in names:
         raise ValueError(
             f"the model has no adapter {adapter!r}; found {sorted(names) or 'no adapter at all'}."
         )
-    several = {n for n in (p.name for p in pairs) if sum(p.name == n for p in pairs) > 1}
-    if several:
-        pairs = [_with_adapter_name(p, model) if p.name in several else p for p in pairs]
-    return Pairing(tuple(pairs), tuple(unaligned))
+    pairs, shared = _without_shared_factors(found)
+    return Pairing(tuple(pairs), (*unaligned, *shared))
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
@@ -228,96 +246,97 @@ def adapter_parameters(module: nn.Module, key: str) -> Iterator[nn.Parameter]:
             yield from held.parameters() if isinstance(held, nn.Module) else (held,)
 
 
-def _pair_of(path: str, module: Any, key: str) -> LoraPair | str | None:
-    """The pair of one adapter of one layer, why there is none, or None if nothing is trained."""
-    if not any(p.requires_grad for p in adapter_parameters(module, key)):
-        return None
-    kind = type(module).__name__
-    if kind in _PLAIN_TUNERS:
-        return None
+def memory_of(p: Tensor) -> int:
+    """Identity of the memory behind a parameter: PEFT ties adapters by two views of one storage.
+
+    Parameters without an address of their own (meta device, DTensor, empty) are told by object.
+    """
+    return p.data_ptr() or id(p)
+
+
+def _pairs_of(name: str, module: Any, key: str) -> list[LoraPair]:
+    """The pair of one adapter of one layer; none if only a magnitude or a bias is trained.
+
+    Raises:
+        ValueError: there is no pair ``s·B·A``; the message is the reason.
+    """
+    obstacle = _obstacle(module, key)
+    if obstacle:
+        raise UnalignableLayerError(obstacle)
+    layout, blocks = "matrix", 1
+    if key in module.lora_embedding_A:
+        A, B = module.lora_embedding_A[key], module.lora_embedding_B[key]
+    else:
+        A, B = module.lora_A[key].weight, module.lora_B[key].weight
+        if getattr(module, "num_experts", 1) > 1:
+            layout, blocks = "experts", int(module.num_experts)
+        elif getattr(module.lora_B[key], "groups", 1) > 1:
+            layout, blocks = "groups", int(module.lora_B[key].groups)
+    if not (A.requires_grad or B.requires_grad):
+        return []
+    scaling = float(module.scaling[key])
+    return [LoraPair(name, A, B, scaling, layout, blocks, _base_weight(module))]
+
+
+def _obstacle(module: Any, key: str) -> str | None:
+    """Why an adapter of a layer has no pair ``s·B·A`` that follows its gradients, if so."""
+    kind = f"{type(module).__module__.split('.')[-2:][0]}.{type(module).__name__}"
     if hasattr(module, "lora_E"):
         return f"{kind} (AdaLoRA) trains singular values between A and B, W is not W0 + s·B·A"
-    if not (hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "scaling")):
+    if not all(hasattr(module, a) for a in ("lora_A", "lora_B", "lora_embedding_A", "scaling")):
         return f"{kind} is not a LoRA layer"
     variant = getattr(module, "lora_variant", {}).get(key)
     if variant is not None and type(variant).__name__ not in _ALIGNABLE_VARIANTS:
         return f"the LoRA variant {type(variant).__name__} does not train W = W0 + s·B·A"
-    if key in getattr(module, "lora_embedding_A", {}):
-        A, B = module.lora_embedding_A[key], module.lora_embedding_B[key]
-    else:
-        lora_A, lora_B = module.lora_A[key], module.lora_B[key]
+    mixer = type(getattr(module.forward, "__self__", module)).__name__
+    if mixer.startswith("XLora"):
+        return f"{mixer} (X-LoRA) scales the adapter anew for every token, W is not W0 + s·B·A"
+    if module.merged:
+        return "it is merged into its base weight and gets no gradient; unmerge it first"
+    if module.disable_adapters:
+        return "its adapters are disabled and get no gradient; enable them first"
+    if key not in module.lora_embedding_A:
         plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        if not (isinstance(lora_A, plain) and isinstance(lora_B, plain)):
-            return f"its factors are {type(lora_A).__name__} and {type(lora_B).__name__}"
-        A, B = lora_A.weight, lora_B.weight
-    if not (A.requires_grad or B.requires_grad):
-        return None  # only a magnitude or a bias is trained
-    layout, blocks = "matrix", 1
-    if getattr(module, "num_experts", 1) > 1 and hasattr(module, "parameter_name"):
-        layout, blocks = "experts", int(module.num_experts)
-    elif key in module.lora_B and getattr(module.lora_B[key], "groups", 1) > 1:
-        layout, blocks = "groups", int(module.lora_B[key].groups)
-    try:
-        return LoraPair(
-            path,
-            A,
-            B,
-            float(module.scaling[key]),
-            layout,
-            blocks,
-            _base_weight(module),
-        )
-    except ValueError as error:
-        return str(error)
-
-
-def _base_weight(module: Any) -> nn.Parameter | None:
-    base = module.get_base_layer()
-    for name in (getattr(module, "parameter_name", None), "weight", "in_proj_weight"):
-        weight = getattr(base, name, None) if name else None
-        if isinstance(weight, nn.Parameter):
-            quantized = type(weight) is not nn.Parameter or not weight.dtype.is_floating_point
-            return None if quantized else weight
+        for factor in (module.lora_A[key], module.lora_B[key]):
+            if not (isinstance(factor, plain) and isinstance(factor.weight, nn.Parameter)):
+                return f"one of its factors is a {type(factor).__name__}"
     return None
 
 
-def _is_new(pair: LoraPair, seen: dict[int, LoraPair], unaligned: list[tuple[str, str]]) -> bool:
-    """False for a pair met before (tied modules); a factor shared by two pairs is unalignable."""
-    other = seen.get(_storage(pair.A)) or seen.get(_storage(pair.B))
-    if other is None:
-        seen[_storage(pair.A)] = seen[_storage(pair.B)] = pair
-        return True
-    if other.A is pair.A and other.B is pair.B:
-        if other.scaling != pair.scaling:
-            reason = f"shares both factors with {other.name}, but with another scaling"
-            unaligned.append((pair.name, reason))
-        return False
-    unaligned.append(
-        (
-            pair.name,
-            f"shares a factor with {other.name}; a step of one would move the other as well",
-        )
-    )
-    return False
+def _base_weight(module: Any) -> nn.Parameter | None:
+    """W0 if it is one parameter, in a precision that bears scaling in place."""
+    base = module.get_base_layer()
+    if isinstance(base, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)):
+        return None  # PEFT makes these parameters anew in every forward pass
+    weight: Any = getattr(base, getattr(module, "parameter_name", "weight"), None)
+    if type(weight) is nn.Parameter or hasattr(weight, "placements"):  # the latter: DTensor
+        return weight if weight.is_floating_point() and weight.element_size() >= 2 else None
+    return None
 
 
-def _storage(p: Tensor) -> int:
-    """Identity of the memory behind a parameter: PEFT ties adapters by views of one storage."""
-    pointer = p.data_ptr() if p.device.type != "meta" else 0
-    return pointer or id(p)
+def _without_shared_factors(
+    found: Iterable[LoraPair],
+) -> tuple[list[LoraPair], list[tuple[str, str]]]:
+    """Pairs that own their factors, and (name, reason) of those that do not.
 
-
-def _with_adapter_name(pair: LoraPair, model: nn.Module) -> LoraPair:
-    module: Any = model.get_submodule(pair.name)
-    for key in adapters_of(module):
-        if any(p is pair.A for p in adapter_parameters(module, key)):
-            return LoraPair(
-                f"{pair.name}[{key}]",
-                pair.A,
-                pair.B,
-                pair.scaling,
-                pair.layout,
-                pair.blocks,
-                pair.base,
-            )
-    return pair
+    Layers that share both factors and the scaling are one pair: its gradients add up by themselves.
+    """
+    unique: dict[tuple[int, int, float], LoraPair] = {}
+    for pair in found:
+        identity = (id(pair.A), id(pair.B), pair.scaling)
+        first = unique.setdefault(identity, pair)
+        if first.base is not pair.base:
+            unique[identity] = replace(first, base=None)  # several weights, none of them W0 alone
+    holders: dict[int, set[str]] = {}
+    for pair in unique.values():
+        for p in (pair.A, pair.B):
+            holders.setdefault(memory_of(p), set()).add(pair.name)
+    pairs, shared = [], []
+    for pair in unique.values():
+        others = (holders[memory_of(pair.A)] | holders[memory_of(pair.B)]) - {pair.name}
+        if others:
+            reason = f"shares a factor with {', '.join(sorted(others))}: a step of one moves both"
+            shared.append((pair.name, reason))
+        else:
+            pairs.append(pair)
+    return pairs, shared

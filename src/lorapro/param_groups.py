@@ -16,6 +16,7 @@ from lorapro.factors import (
     adapters_of,
     find_pairs,
     is_tuner_layer,
+    memory_of,
 )
 
 __all__ = ["lora_param_groups"]
@@ -77,7 +78,8 @@ def lora_param_groups(
         raise ValueError(
             "the model has no trainable LoRA pair; expected a PEFT model with LoRA layers that "
             "require gradients (for a loaded adapter: PeftModel.from_pretrained(…, "
-            "is_trainable=True)), or pairs=[LoraPair(…)] by hand."
+            "is_trainable=True); for one of several: model.set_adapter(name)), or "
+            "pairs=[LoraPair(…)] by hand."
         )
     options: dict[str, Any] = {}
     if lr is not None:
@@ -104,12 +106,12 @@ def _pairs_group(pairs: Sequence[LoraPair]) -> dict[str, Any]:
     owner: dict[int, str] = {}
     for pair in pairs:
         for p in (pair.A, pair.B):
-            if id(p) in owner:
+            if memory_of(p) in owner:
                 raise ValueError(
-                    f"pair {pair.name!r} shares a parameter with pair {owner[id(p)]!r}; each "
-                    "parameter may be in one pair only."
+                    f"pair {pair.name!r} shares a parameter with pair {owner[memory_of(p)]!r}; "
+                    "each parameter may be in one pair only."
                 )
-            owner[id(p)] = pair.name
+            owner[memory_of(p)] = pair.name
             params.append(p)
     return {
         "params": params,

@@ -138,7 +138,9 @@ def _listen(stack: ExitStack, sink: Accumulator) -> None:
         anchor = torch.zeros((), device=out.device, requires_grad=True)
         return _Tap.apply(out, x.detach(), anchor, sink)
 
-    handle = layer.base.register_forward_hook(tap, with_kwargs=True)
+    # On the adapter layer, not its base: a base that is also called from elsewhere, without the
+    # adapter, has gradients the adapter cannot act on. The output gradient is the same.
+    handle = layer.module.register_forward_hook(tap, with_kwargs=True)
     stack.callback(handle.remove)
 
 
@@ -229,6 +231,7 @@ def capture(
 
 def _loss_of(model: nn.Module, batch: Any, loss: Loss | None, number: int) -> Tensor:
     where = f"batch {number}"
+    value: Any
     if loss is not None:
         value = loss(model, batch)
     else:
@@ -243,8 +246,8 @@ def _loss_of(model: nn.Module, batch: Any, loss: Loss | None, number: int) -> Te
         value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if value is None:
             raise ValueError(
-                f"{where} gave no loss; its keys are {sorted(map(str, batch))}. Add labels, or pass "
-                "loss=callable(model, batch) -> scalar."
+                f"{where} gave no loss; its keys are {sorted(map(str, batch))}. Add labels, or "
+                "pass loss=callable(model, batch) -> scalar."
             )
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

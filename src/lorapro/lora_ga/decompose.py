@@ -12,8 +12,8 @@ Eq. (loss-1)::
 
     min ‖B·Bᵀ·G + G·Aᵀ·A − G‖²
 
-Any r of the leading 2r right singular vectors in A and the other r left ones in B solve it. For Adam,
-whose first step is a sign, the post states Eq. (loss-adam)::
+Any r of the leading 2r right singular vectors in A and the other r left ones in B solve it. For
+Adam, whose first step is a sign, the post states Eq. (loss-adam)::
 
     min ‖B·sign(BᵀG) + sign(G·Aᵀ)·A − sign(G)‖²
 """
@@ -55,9 +55,7 @@ def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
         return value
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"{what} is {value!r}, expected one of {', '.join(map(repr, choices))}.{hint}"
-    )
+    raise ValueError(f"{what} is {value!r}, expected one of {', '.join(map(repr, choices))}.{hint}")
 
 
 def split_directions(
@@ -153,7 +151,8 @@ def gradient_objective(A: Tensor, B: Tensor, G: Tensor) -> Tensor:
         A scalar in float64. Its least value over A and B is the sum of the squared singular values
         of G from the (2r+1)-th on.
 
-    >>> gradient_objective(torch.eye(1, 3), torch.eye(3)[:, 1:2], torch.diag(torch.tensor([3., 2, 1])))
+    >>> G = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> gradient_objective(torch.eye(1, 3), torch.eye(3)[:, 1:2], G)
     tensor(1., dtype=torch.float64)
     """
     A, B, G = A.double(), B.double(), G.double()

@@ -174,7 +174,7 @@ def sketch(
     *,
     seed: int = 0,
     oversampling: int | None = None,
-    power_passes: int = 0,
+    power_passes: int = 1,
     layers_per_pass: int | None = None,
     advance: Callable[[], None] | None = None,
 ) -> None:
@@ -187,7 +187,7 @@ def sketch(
         layers: layers to do.
         consume: called with each result.
         seed: of the random test vectors, the same on every rank.
-        oversampling: vectors beyond 2r; ``None`` for ``2r + 8``.
+        oversampling: vectors beyond 2r; ``None`` for 4r, and 16 at least.
         power_passes: power iterations, two more passes over the batches each.
         layers_per_pass: layers sketched at once; ``None`` for all.
         advance: called after each batch of each pass.
@@ -212,15 +212,11 @@ def sketch(
 
         for power in range(power_passes + 1):
             if power:
-                sinks = [
-                    Accumulator(s.layer, right=torch.linalg.qr(s.value).Q) for s in sinks
-                ]
+                sinks = [Accumulator(s.layer, right=torch.linalg.qr(s.value).Q) for s in sinks]
                 capture(model, batches, loss, sinks, advance)
                 bases = [torch.linalg.qr(s.value).Q for s in sinks]
                 seconds = _add_seconds(seconds, sinks)
-            sinks = [
-                Accumulator(s.layer, left=Q) for s, Q in zip(sinks, bases, strict=True)
-            ]
+            sinks = [Accumulator(s.layer, left=Q) for s, Q in zip(sinks, bases, strict=True)]
             capture(model, batches, loss, sinks, advance)
             seconds = _add_seconds(seconds, sinks)
 
@@ -256,7 +252,7 @@ def _add_seconds(seconds: dict[int, float], sinks: Sequence[Accumulator]) -> dic
 
 def _sketch_width(layer: AdaptedLayer, oversampling: int | None) -> int:
     rank = layer.pair.rank
-    extra = 2 * rank + 8 if oversampling is None else oversampling
+    extra = max(4 * rank, 16) if oversampling is None else oversampling
     return min(2 * rank + extra, *layer.shape)
 
 

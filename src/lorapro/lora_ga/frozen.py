@@ -93,9 +93,7 @@ class FrozenInitialVariant(LoraVariant):
         return orig_weight.data - _delta(module, active_adapter).to(orig_weight.dtype)
 
 
-def _embedding_output(
-    module: Any, adapter: str, x: Tensor, scaling: float, initial: Any
-) -> Tensor:
+def _embedding_output(module: Any, adapter: str, x: Tensor, scaling: float, initial: Any) -> Tensor:
     hooks = {
         "input_fn": getattr(module, "input_fns", {}).get(adapter),
         "output_fn": getattr(module, "output_fns", {}).get(adapter),

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorapro.lora_ga.layers import AdaptedLayer, adapted_layers, all_pairs, as_if_trained, resolve_adapter
+from lorapro.lora_ga.layers import (
+    AdaptedLayer,
+    adapted_layers,
+    all_pairs,
+    as_if_trained,
+    resolve_adapter,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +91,8 @@ def check_can_attach(layers: Sequence[AdaptedLayer], model: nn.Module, base: str
     users = _users_of_weights(model)
     for layer in layers:
         weight = layer.weight
-        others = [n for n, m in users.get(_identity(weight), ()) if m is not layer.base]
+        paths = users.get(_identity(weight), ())
+        others = [path for path in paths if not _passes_through(model, path, layer.module)]
         if layer.is_quantized():
             kind = type(weight).__name__ if weight is not None else "no weight"
             why = f"its base weight is quantized ({kind}) and cannot be changed exactly"
@@ -105,12 +112,23 @@ def _identity(weight: Any) -> int:
     return (weight.data_ptr() or id(weight)) if isinstance(weight, Tensor) else 0
 
 
-def _users_of_weights(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    users: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
+def _passes_through(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether a path from the model down to a weight leads through ``module``."""
+    current: Any = model
+    for part in path.split("."):
+        if current is module:
+            return True
+        current = getattr(current, part)
+    return current is module
+
+
+def _users_of_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Every path by which a module that holds a weight can be called."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None:
-                users.setdefault(_identity(parameter), []).append((name, module))
+                users.setdefault(_identity(parameter), []).append(name)
     return users
 
 

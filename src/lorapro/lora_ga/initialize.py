@@ -10,18 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lorapro.factors import adapters_of, from_A, from_B
 from lorapro.lora_ga import decompose
 from lorapro.lora_ga.capture import Loss, quiet
 from lorapro.lora_ga.decompose import check_choice
 from lorapro.lora_ga.estimate import ESTIMATORS, Directions, exact, passes_needed, sketch
 from lorapro.lora_ga.initial import BASES, attach, check_can_attach, initial_of
 from lorapro.lora_ga.layers import AdaptedLayer, adapted_layers, resolve_adapter
+from lorapro.lora_ga.recipe import Recipe, Result
 from lorapro.lora_ga.report import LayerReport, LoraGaReport
 
 if TYPE_CHECKING:
@@ -48,15 +49,15 @@ def initialize(
     seed: int = 0,
     layers_per_pass: int | None = None,
     oversampling: int | None = None,
-    power_passes: int = 0,
+    power_passes: int = 1,
     progress: bool | None = None,
 ) -> LoraGaReport:
     """Start a fresh LoRA adapter where its first step is closest to that of full fine-tuning.
 
     ``G = ∂L/∂W0`` is the mean over the batches of the gradient of each batch's loss, taken without
-    dropout, the loss masking padding and ignored labels as it always does. From its singular vectors
-    ``G ≈ U Σ Vᵀ`` A gets r rows of Vᵀ and B r columns of U, both times a scale; Σ does not enter.
-    Then ``−s·B·A`` is added to the base, so that the model's output is what it was.
+    dropout, the loss masking padding and ignored labels as it always does. From its singular
+    vectors ``G ≈ U Σ Vᵀ`` A gets r rows of Vᵀ and B r columns of U, both times a scale; Σ does not
+    enter. Then ``−s·B·A`` is added to the base, so that the model's output is what it was.
 
     Args:
         peft_model: a PEFT model with an untrained LoRA adapter (``B·A = 0``).
@@ -70,11 +71,12 @@ def initialize(
             :func:`lorapro.lora_ga.decompose.scale_factor`.
         gamma: γ of ``"stable"``; larger is smaller factors.
         objective: ``"gradient"`` (SVD of G), ``"sign"`` (SVD of sign G) or ``"adam"``
-            (Eq. loss-adam minimised numerically from the SVD of G; with scale ``"unit"`` its factors
-            are taken as they come, otherwise rows and columns are first brought to unit length in
-            the mean).
-        estimator: ``"exact"``: gradients of a few layers at a time, several passes over the batches;
-            ``"sketch"``: no gradient is formed, two passes, objective ``"gradient"`` only.
+            (Eq. loss-adam minimised numerically from the SVD of G; with scale ``"unit"`` its
+            factors are taken as they come, otherwise rows and columns are first brought to unit
+            length in the mean).
+        estimator: ``"exact"``: gradients of a few layers at a time, several passes over the
+            batches; ``"sketch"``: no gradient is formed, four passes, objective
+            ``"gradient"`` only.
         base: ``"subtract"``: W0 becomes ``W0 − s·B·A``; ``"frozen"``: W0 stays and a frozen copy of
             the initial factors does it in the forward pass (the choice for quantized or bfloat16
             bases, and to keep checkpoints usable beside the original base).
@@ -85,18 +87,19 @@ def initialize(
             neither used nor changed.
         layers_per_pass: layers whose gradients (sketches) are held at once. ``None``: for
             ``"exact"`` as many as take no more memory than the largest one, for ``"sketch"`` all.
-        oversampling: vectors of a sketch beyond 2r, ``2r + 8`` if ``None``.
-        power_passes: power iterations of a sketch, two more passes each.
+        oversampling: vectors of a sketch beyond 2r; ``None`` for 4r, and 16 at least.
+        power_passes: power iterations of a sketch, two passes each after the first two; 0 is
+            enough where the spectrum falls fast.
         progress: show a progress bar; ``None`` for one on a terminal, if tqdm is there.
 
     Returns:
         A report; ``print`` it.
 
     Raises:
-        ValueError: an unknown option; no batches; a loss without gradient; an adapter that is merged,
-            trained or initialised already; a layer that has no LoRA-GA; a base that cannot be
-            changed (quantized, tied, sharded); a gradient that is not finite. The model is then left
-            as it was.
+        ValueError: an unknown option; no batches; a loss without gradient; an adapter that is
+            merged, trained or initialised already; a layer that has no LoRA-GA; a base that cannot
+            be changed (quantized, tied, sharded); a gradient that is not finite. The model is then
+            left as it was.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> _ = torch.manual_seed(0)
@@ -109,7 +112,9 @@ def initialize(
     (2, True)
     """
     began = time.perf_counter()
-    model = getattr(peft_model, "_orig_mod", peft_model)  # a compiled model would not see hooks
+    model: Any = getattr(
+        peft_model, "_orig_mod", peft_model
+    )  # a compiled model would not see hooks
     check_choice("direction", direction, decompose.DIRECTIONS)
     check_choice("scale", scale, decompose.SCALES)
     check_choice("objective", objective, decompose.OBJECTIVES)
@@ -140,8 +145,8 @@ def initialize(
     if not batches:
         raise ValueError("batches is empty; expected at least one batch to take a gradient of.")
 
-    recipe = _Recipe(direction, scale, gamma, objective, seed)
-    results: list[_Result] = []
+    recipe = Recipe(direction, scale, gamma, objective, seed)
+    results: list[Result] = []
 
     def consume(found: Directions) -> None:
         results.append(recipe.factors(found))
@@ -243,108 +248,8 @@ def get_lora_ga_model(
     except BaseException:
         peft_model.unload()
         raise
-    peft_model.lora_ga_report = report
+    peft_model.lora_ga_report = report  # type: ignore[assignment]
     return peft_model
-
-
-@dataclass
-class _Result:
-    """Factors of one matrix, (r, n) and (m, r), and its row of the report."""
-
-    layer: AdaptedLayer
-    block: int
-    A: Tensor
-    B: Tensor
-    row: LayerReport
-
-
-class _Recipe:
-    """The options that turn singular directions into factors."""
-
-    def __init__(
-        self, direction: str, scale: str, gamma: float, objective: str, seed: int
-    ) -> None:
-        self.direction, self.scale, self.gamma, self.objective = direction, scale, gamma, objective
-        self.generator = torch.Generator().manual_seed(seed)
-
-    @torch.no_grad()
-    def factors(self, found: Directions) -> _Result:
-        """Factors and report row from what is known of one gradient."""
-        layer, block = found.layer, found.block
-        r, (m, _) = layer.pair.rank, layer.shape
-        s = layer.pair.scaling
-        A_k, B_k = layer.factors(layer.pair.A.detach(), layer.pair.B.detach())
-        A_now, B_now = A_k[block].to(found.U.dtype), B_k[block].to(found.U.dtype)
-        name = layer.name if layer.blocks == 1 else f"{layer.name}[{block}]"
-        W = layer.weight_matrices()
-        W = None if W is None else W[block]
-        if not found.energy > 0:
-            row = LayerReport(
-                name, layer.shape, r, 0, 0.0, 0.0, 1.0, 0.0, found.seconds, found.bytes,
-                note="no gradient reached it; left at its default start",
-            )  # fmt: skip
-            return _Result(layer, block, A_now.clone(), B_now.clone(), row)
-
-        U, V, q = found.U, found.V, found.U.shape[-1]
-        for_A, for_B = decompose.split_directions(self.direction, r, q, self.generator)
-        A = V.new_zeros(r, V.shape[0])
-        B = U.new_zeros(U.shape[0], r)
-        A[: len(for_A)] = V[:, for_A].mT
-        B[:, : len(for_B)] = U[:, for_B]
-        values = None
-        if self.objective == "adam" and found.gradient is not None:
-            A, B, start, end = decompose.minimize_adam_objective(A, B, found.gradient)
-            values = (start, end)
-            if self.scale != "unit":
-                A, B = A * _to_unit(A, len(for_A)), B * _to_unit(B, len(for_B))
-        sigma_W = None
-        if self.scale == "weight":
-            if W is None:
-                raise ValueError(
-                    f"scale 'weight' needs the base weight of {layer.name}, which cannot be read; "
-                    "use another scale."
-                )
-            sigma_W = decompose.leading_singular_values(W, r, self.generator)
-        c = decompose.scale_factor(self.scale, m, s, self.gamma, sigma_W)
-        A, B = c * A, c * B
-        used = max(len(for_A), len(for_B))
-        note = ""
-        if q < 2 * r:
-            note = f"2r = {2 * r} directions wanted, min(m, n) = {q} exist"
-        if used < r:
-            A[used:], B[:, used:] = _outside(A_now[used:], V), _outside(B_now.mT[used:], U).mT
-        size = s * float((B.mT @ B @ A @ A.mT).trace().clamp_min(0).sqrt())
-        row = LayerReport(
-            name=name,
-            shape=layer.shape,
-            rank=r,
-            directions=q,
-            energy=min(1.0, float(found.sigma.double().square().sum()) / found.energy),
-            gradient_norm=found.energy**0.5,
-            scale=c,
-            relative_size=size / float(W.float().norm()) if W is not None else float("nan"),
-            seconds=found.seconds,
-            peak_bytes=found.bytes,
-            objective=values,
-            note=note,
-        )
-        return _Result(layer, block, A, B, row)
-
-
-def _to_unit(factor: Tensor, count: int) -> Tensor:
-    """What brings ``count`` rows or columns to unit length in the mean square."""
-    norm = factor.norm()
-    return count**0.5 / norm if norm > 0 else norm.new_ones(())
-
-
-def _outside(rows: Tensor, basis: Tensor) -> Tensor:
-    """Rows without their part in the span of ``basis`` (n, q); as they are if nothing is left.
-
-    Components of the adapter beyond the directions that exist start as in plain LoRA, one factor
-    at zero, where they do not disturb the others.
-    """
-    left = rows - (rows @ basis) @ basis.mT
-    return left if left.norm() > 1e-3 * rows.norm() else rows
 
 
 def _usable_layers(
@@ -361,6 +266,13 @@ def _usable_layers(
                 f"adapter {adapter!r} is initialised already ({name}); LoRA-GA is run once, on a "
                 "fresh adapter."
             )
+        if adapter in adapters_of(module) and (
+            adapter not in getattr(module, "active_adapters", (adapter,))
+            or getattr(module, "disable_adapters", False)
+        ):
+            raise ValueError(
+                f"adapter {adapter!r} is not active; call set_adapter({adapter!r}) first."
+            )
     layers, refused = adapted_layers(model, adapter)
     if refused and unsupported == "error":
         listed = "; ".join(f"{name}: {why}" for name, why in refused[:5])
@@ -374,9 +286,6 @@ def _usable_layers(
             f"adapter {adapter!r} has no trainable layer that LoRA-GA can initialise"
             + (f" ({refused[0][0]}: {refused[0][1]})." if refused else ".")
         )
-    inactive = [x.name for x in layers if adapter not in getattr(x.module, "active_adapters", ())]
-    if inactive or any(getattr(x.module, "disable_adapters", False) for x in layers):
-        raise ValueError(f"adapter {adapter!r} is not active; call set_adapter({adapter!r}) first.")
     return layers, refused
 
 
@@ -391,9 +300,9 @@ def _check_fresh(layers: list[AdaptedLayer]) -> None:
 
 
 def _put_in_place(
-    layers: list[AdaptedLayer], results: list[_Result], base: str
+    layers: list[AdaptedLayer], results: list[Result], base: str
 ) -> tuple[LayerReport, ...]:
-    by_layer: dict[int, list[_Result]] = {}
+    by_layer: dict[int, list[Result]] = {}
     for result in results:
         by_layer.setdefault(id(result.layer), []).append(result)
     rows: list[LayerReport] = []
@@ -402,23 +311,10 @@ def _put_in_place(
         rows += [x.row for x in blocks]
         if not any(x.row.directions for x in blocks):
             continue
-        A, B = layer.pair.A.detach().clone(), layer.pair.B.detach().clone()
-        A = _store_A(layer, torch.stack([x.A for x in blocks]), A)
-        B = _store_B(layer, torch.stack([x.B for x in blocks]), B)
+        A = from_A(torch.stack([x.A for x in blocks]), layer.pair.A)
+        B = from_B(torch.stack([x.B for x in blocks]), layer.pair.B, layer.pair.layout)
         attach(layer, A, B, base, set_factors=True)
     return tuple(rows)
-
-
-def _store_A(layer: AdaptedLayer, A: Tensor, like: Tensor) -> Tensor:
-    from lorapro.factors import from_A
-
-    return from_A(A, like).to(like)
-
-
-def _store_B(layer: AdaptedLayer, B: Tensor, like: Tensor) -> Tensor:
-    from lorapro.factors import from_B
-
-    return from_B(B, like, layer.pair.layout).to(like)
 
 
 def _notes(layers: list[AdaptedLayer], base: str) -> Iterator[str]:

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 
 from lorapro.factors import LoraPair, adapter_parameters, adapters_of, find_pairs, is_tuner_layer
 
-__all__ = ["AdaptedLayer", "adapted_layers", "all_pairs", "as_if_trained", "resolve_adapter"]
+__all__ = [
+    "AdaptedLayer",
+    "adapted_kind",
+    "adapted_layers",
+    "all_pairs",
+    "as_if_trained",
+    "resolve_adapter",
+]
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,9 @@ def all_pairs(model: nn.Module, adapter: str) -> tuple[LoraPair, ...]:
     with as_if_trained(model, adapter):
         pairing = find_pairs(model, adapter)
     if pairing.unaligned:
-        raise ValueError("not a plain LoRA: " + "; ".join(f"{n}: {w}" for n, w in pairing.unaligned))
+        raise ValueError(
+            "not a plain LoRA: " + "; ".join(f"{n}: {w}" for n, w in pairing.unaligned)
+        )
     return pairing.pairs
 
 
@@ -196,6 +205,15 @@ def adapted_layers(
     return layers, unsupported
 
 
+def adapted_kind(module: Any, base: Any) -> str:
+    """Which row of this module's table an adapter layer belongs to."""
+    if hasattr(module, "parameter_name"):
+        return "parameter"
+    if isinstance(base, nn.Embedding):
+        return "embedding"
+    return "conv" if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else "linear"
+
+
 def _classify(module: Any, base: Any, pair: LoraPair, adapter: str) -> tuple[str, str]:
     """(kind, "") or ("", reason)."""
     variant = getattr(module, "lora_variant", {}).get(adapter)
@@ -203,25 +221,24 @@ def _classify(module: Any, base: Any, pair: LoraPair, adapter: str) -> tuple[str
         return "", f"LoRA-GA is not defined for the LoRA variant {type(variant).__name__}"
     if not (pair.A.requires_grad and pair.B.requires_grad):
         return "", "one of its factors is frozen"
-    if hasattr(module, "parameter_name"):
+    kind = adapted_kind(module, base)
+    if kind == "parameter":
         weight = getattr(base, module.parameter_name)
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             return "", f"the parameter {module.parameter_name} is quantized"
-        return "parameter", ""
-    if isinstance(base, nn.Embedding):
+    elif kind == "embedding":
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(base, option):
                 return "", f"Embedding with {option}={getattr(base, option)!r}"
-        return "embedding", ""
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    elif kind == "conv":
         if base.padding_mode != "zeros":
             return "", f"{type(base).__name__} with padding_mode={base.padding_mode!r}"
         if any(gap != 1 for gap in base.dilation):
             # PEFT's factor A is a convolution without dilation: it sees other patches than W0.
             return "", f"{type(base).__name__} with dilation={base.dilation}"
-        return "conv", ""
-    known = isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
-    quantized = not isinstance(getattr(base, "weight", None), nn.Parameter)
-    if pair.A.dim() == 2 and (known or quantized) and not hasattr(base, "in_proj_weight"):
-        return "linear", ""
-    return "", f"{type(base).__name__} is a layer type LoRA-GA has no formula for"
+    else:
+        known = isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+        quantized = not isinstance(getattr(base, "weight", None), nn.Parameter)
+        if pair.A.dim() != 2 or not (known or quantized) or hasattr(base, "in_proj_weight"):
+            return "", f"{type(base).__name__} is a layer type LoRA-GA has no formula for"
+    return kind, ""

@@ -182,11 +182,16 @@ def test_a_best_rate_at_the_edge_and_divergence_are_warned_of(tmp_path):
     assert len(summary["warnings"]) == 1
     assert "full" in summary["warnings"][0]
     assert "highest" in summary["warnings"][0]
+
+
+def test_tuning_looks_at_the_first_seed_and_a_grid_at_all():
     entry = Entry("lora", (1e-4, 1e-2), {"method": "lora"})
-    assert (
-        pick_rate(entry, {("lora", 1e-4, 0): result(0.9, 1), ("lora", 1e-2, 0): result(nan, 1)})
-        == 1e-4
-    )
+    losses = {(1e-4, 0): 0.9, (1e-4, 1): 0.5, (1e-2, 0): 0.8, (1e-2, 1): 0.9}
+    results = {("lora", rate, seed): result(v, 1) for (rate, seed), v in losses.items()}
+    assert pick_rate(entry, results, (0,)) == 1e-2
+    assert pick_rate(entry, results, (0, 1)) == 1e-4
+    results["lora", 1e-2, 0] = result(float("nan"), 1)
+    assert pick_rate(entry, results, (0,)) == 1e-4
 
 
 def test_labels_keep_their_order_and_distance():

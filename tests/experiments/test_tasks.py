@@ -121,7 +121,8 @@ def test_gsm8k_loss_is_on_the_answer_and_its_end(solve):
 
 
 def test_gsm8k_keeps_annotations_on_request_and_leaves_long_pairs_out(solve):
-    kept = make_task(build_config({**solve, "calculator_annotations": True}))
+    solve = {**solve, "calculator_annotations": True}
+    kept = make_task(build_config(solve))
     learned = [t for t in kept.train[0]["labels"] if t != IGNORED]
     assert "<<" in kept.tokenizer.decode(learned)
     longest = max(len(e["input_ids"]) for e in kept.train)

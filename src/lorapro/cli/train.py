@@ -36,5 +36,5 @@ def run(arguments: Sequence[str]) -> None:
     for kind, name in result["saved"].items():
         print(f"{kind}: {config.folder / name}")
     if "merged" in result["saved"]:
-        print("weight decay changed the base weights: the merged model is the trained one")
+        print("the base weights changed too: the merged model is the trained one")
     print(f"result: {config.folder / 'result.json'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -82,8 +83,8 @@ def compare(comparison: Comparison, console: Console | None = None) -> dict[str,
                 for seed in comparison.seeds if grid else (first,):
                     _one(comparison, entry, rate, seed, tasks, progress, results)
             if not grid:
+                rate = pick_rate(entry, results, (first,))
                 for seed in others:
-                    rate = pick_rate(entry, results)
                     _one(comparison, entry, rate, seed, tasks, progress, results)
     metric = TASKS[comparison.base.experiment.task].metric
     summary = summarize_runs(comparison, results, metric)
@@ -141,12 +142,11 @@ def _validation(result: dict[str, Any]) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def pick_rate(entry: Entry, results: Results) -> float:
-    """Return the learning rate of ``entry`` with the least validation loss (mean over its runs)."""
+def pick_rate(entry: Entry, results: Results, seeds: Sequence[int]) -> float:
+    """Return the learning rate of ``entry`` with the least validation loss, mean over ``seeds``."""
 
     def score(rate: float) -> float:
-        runs = [r for (label, lr, _), r in results.items() if (label, lr) == (entry.label, rate)]
-        return statistics.fmean(_validation(r) for r in runs) if runs else math.inf
+        return statistics.fmean(_validation(results[entry.label, rate, seed]) for seed in seeds)
 
     return min(entry.learning_rates, key=score)
 
@@ -168,8 +168,9 @@ def summarize_runs(comparison: Comparison, results: Results, metric: str | None)
     """
     rows: list[dict[str, Any]] = []
     warnings: list[str] = []
+    tuned_on = comparison.seeds if comparison.strategy == "grid" else comparison.seeds[:1]
     for entry in comparison.entries:
-        rate = pick_rate(entry, results)
+        rate = pick_rate(entry, results, tuned_on)
         runs = [results[entry.label, rate, seed] for seed in comparison.seeds]
         if side := _at_edge(entry, rate):
             warnings.append(

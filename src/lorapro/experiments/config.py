@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "ExperimentArguments", "build_config", "load_config", "read_yaml"]
 
-X_CHOICES = ("zero", "sylvester", "symmetric")
-
 # What differs from TrainingArguments' own defaults, unless the config says otherwise.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
@@ -110,7 +108,7 @@ class ExperimentArguments:
     generation_batch_size: int = field(default=16, metadata={"help": "gsm8k: answers at a time"})
 
     method: str = field(default="lora-pro", metadata={"help": ", ".join(METHODS)})
-    x: str = field(default="sylvester", metadata={"help": "LoRA-Pro: " + ", ".join(X_CHOICES)})
+    x: str = field(default="sylvester", metadata={"help": "LoRA-Pro: zero, sylvester, symmetric"})
     rank: int = field(default=8, metadata={"help": "rank of the adapters"})
     alpha: float = field(default=16.0, metadata={"help": "LoRA's alpha"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
@@ -134,6 +132,7 @@ class ExperimentArguments:
     def check(self) -> None:
         """Raise :class:`UserError` for the first value that cannot be meant."""
         from lorapro.experiments.tasks import TASKS
+        from lorapro.functional import X_CHOICES
 
         check_name("task", self.task, TASKS)
         check_name("method", self.method, METHODS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,8 +36,9 @@ class Method:
         init: called once on the fresh PEFT model with training batches, before the optimizer.
         init_batches: how many training batches ``init`` is given.
         optimizer: gives Trainer's ``optimizer_cls_and_kwargs``; ``None`` is Trainer's own AdamW.
-        decays_base: with weight decay the base weights change too, so that the adapter alone does
-            not hold the result and a merged model is saved beside it.
+        changes_base: when the base weights change too, so that the adapter alone does not hold the
+            result and a merged model is saved beside it: ``"never"``, with weight ``"decay"``, or
+            ``"always"``.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Method:
     init: Initializer | None = None
     init_batches: int = 8
     optimizer: OptimizerFactory | None = None
-    decays_base: bool = False
+    changes_base: Literal["never", "decay", "always"] = "never"
 
 
 def lorapro_adamw(mode: str) -> OptimizerFactory:
@@ -82,7 +83,7 @@ METHODS: dict[str, Method] = {
             3e-4,
             adapter=RANK_STABILIZED,
             optimizer=lorapro_adamw("full"),
-            decays_base=True,
+            changes_base="decay",
         ),
     )
 }

@@ -36,7 +36,11 @@ def build_model(config: Config, task: Task) -> Any:
         model = add_adapter(model, config, task.peft_task_type, method.adapter)
         check_ranks(model)
         if method.init is not None:
-            method.init(model, init_batches(config, task, method.init_batches), config.experiment)
+            batches = init_batches(config, task, method.init_batches)
+            try:
+                method.init(model, batches, config.experiment)
+            except ValueError as error:
+                raise UserError(" ".join(str(error).split())) from error
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"method {method.name!r} leaves no trainable parameter in the model")
     return model

@@ -57,7 +57,7 @@ class RunsProgress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
         self._console.file.flush()  # a redirected log shows the line now, not at the end
 
     def begin(self, name: str) -> None:
@@ -87,7 +87,7 @@ class RunsProgress:
         self._done, self._part = self._done + 1, 0.0
         left = self._left()
         tail = f"; {left}" if left and self._done < self._total else ""
-        self.say(f"[{self._done}/{self._total}] {line}{tail}".replace("[", r"\["))
+        self.say(f"[{self._done}/{self._total}] {line}{tail}")
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, left=left)
 

@@ -161,8 +161,8 @@ def run(
 
 def _base_moves(config: Config) -> bool:
     """Whether training changes base weights, which an adapter alone does not hold."""
-    method = METHODS[config.experiment.method]
-    return method.decays_base and config.training.weight_decay > 0
+    when = METHODS[config.experiment.method].changes_base
+    return when == "always" or (when == "decay" and config.training.weight_decay > 0)
 
 
 def _evaluate(trainer: Trainer, examples: Any, prefix: str) -> dict[str, float]:

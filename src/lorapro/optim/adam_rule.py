@@ -36,16 +36,18 @@ class AdamRule:
         if not eps >= 0:
             raise ValueError(f"eps is {eps}, expected 0 or more.")
 
-    def adamw_update(self, grads: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
-        """One step of AdamW on (parameter, gradient) pairs."""
-        for p, _ in grads:
-            if not self.state[p]:
-                self.state[p] = new_adam_state(p)
-        on_cpu = all(p.device.type == "cpu" for p, _ in grads)
-        states = [self.state[p] for p, _ in grads]
+    def adamw_update(
+        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        """One step of AdamW on parameters with the gradients given."""
+        states = [self.state[p] for p in params]
+        for p, s in zip(params, states, strict=True):
+            if not s:
+                s.update(new_adam_state(p))
+        on_cpu = all(p.device.type == "cpu" for p in params)
         adamw(
-            [p for p, _ in grads],
-            [g for _, g in grads],
+            params,
+            grads,
             [s[EXP_AVG] for s in states],
             [s[EXP_AVG_SQ] for s in states],
             [],

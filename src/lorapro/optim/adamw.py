@@ -14,15 +14,9 @@ from torch import Tensor
 from lorapro.choices import check_choice
 from lorapro.functional import align_in, spectrum
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, AdamRule, new_adam_state
-from lorapro.optim.base import (
-    BASE,
-    PAIRS,
-    Bucket,
-    aligned_gradients,
-    buckets,
-    plain_gradients,
-)
+from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.factored import precondition, squared_means
+from lorapro.optim.stacking import Bucket, aligned_gradients, buckets, plain_gradients
 from lorapro.optim.tangent import TangentOptimizer, left_right
 
 __all__ = ["MODES", "LoraProAdamW"]
@@ -119,9 +113,9 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""
         if group["role"] != PAIRS:
-            self.adamw_update(plain_gradients(group), group)
+            self.adamw_update(*plain_gradients(group), group)
         elif group["mode"] == "efficient":
-            self.adamw_update(aligned_gradients(group, group["x"]), group)
+            self.adamw_update(*aligned_gradients(group, group["x"]), group)
         elif group["mode"] == "factored":
             self.tangent_update(group)
         else:
@@ -153,10 +147,10 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         A, B = b.A.double(), b.B.double()
         means = squared_means(*left_right(A, B, *G, s))
         held = (
-            [self.state[B][ROWS] for _, B in b.params],
-            [self.state[A][COLUMNS] for A, _ in b.params],
+            [self.state[B][ROWS] for B in b.params_B],
+            [self.state[A][COLUMNS] for A in b.params_A],
         )
-        steps = torch.stack([self.state[B][STEP] for _, B in b.params]).double().to(A.device)
+        steps = torch.stack([self.state[B][STEP] for B in b.params_B]).double().to(A.device)
         steps = steps.repeat_interleave(b.blocks)[:, None]
         rows, columns = (
             _average(kept, mean, beta2) / (1 - beta2**steps)
@@ -174,7 +168,7 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         s = torch.as_tensor(b.scaling, dtype=torch.float64, device=b.A.device)
         s = s.expand(b.A.shape[0])[:, None, None]
         h_A, h_B = [], []
-        for i, (_, B) in enumerate(b.params):
+        for i, B in enumerate(b.params_B):
             part = slice(i * b.blocks, (i + 1) * b.blocks)
             A_i, B_i = b.A[part].to(torch.promote_types(b.A.dtype, torch.float32)), b.B[part]
             B_i = B_i.to(A_i.dtype)
@@ -200,9 +194,9 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         )
         if group["weight_decay"]:
             keep = max(0.0, 1 - lr * group["weight_decay"]) ** 0.5
-            torch._foreach_mul_([p for pair in b.params for p in pair], keep)
-        for p, d in b.split(d_A, d_B):
-            p.sub_(lr * d)
+            torch._foreach_mul_([*b.params_A, *b.params_B], keep)
+        params, directions = b.by_parameter(d_A, d_B)
+        torch._foreach_sub_(params, torch._foreach_mul(directions, lr))
 
 
 def _adam_direction(

@@ -1,4 +1,4 @@
-"""What every optimizer of this package shares: groups that hold pairs, stacking by shape, saving.
+"""What every optimizer of this package shares: groups that hold pairs, and saving.
 
 Roles of a parameter group
     pairs   low-rank pairs, ``params = [A0, B0, A1, B1, …]``, from ``lorapro.lora_param_groups``
@@ -8,99 +8,21 @@ Roles of a parameter group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lorapro.choices import check_choice
-from lorapro.factors import as_A, as_B, from_A, from_B
-from lorapro.functional import X_CHOICES, align
+from lorapro.functional import X_CHOICES
 
-__all__ = ["Bucket", "PairOptimizer", "aligned_gradients", "buckets", "plain_gradients"]
+__all__ = ["BASE", "PAIRS", "PLAIN", "PairOptimizer"]
 
 PAIRS, PLAIN, BASE = "pairs", "plain", "base"
 # What describes the model rather than the run: kept from the live optimizer when a state is loaded.
 STRUCTURE = ("role", "names", "scalings", "layouts", "blocks", "unaligned")
 WEIGHT = "weight"
-
-
-class Bucket(NamedTuple):
-    """Pairs of one shape, stacked: (k, r, n) and (k, m, r), k the number of matrices in all."""
-
-    params: list[tuple[Tensor, Tensor]]
-    layout: str
-    blocks: int
-    A: Tensor
-    B: Tensor
-    grad_A: Tensor | None
-    grad_B: Tensor | None
-    scaling: float | Tensor
-
-    def split(self, d_A: Tensor | None, d_B: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Undo the stacking: (parameter, direction in its stored shape and dtype)."""
-        for i, (A, B) in enumerate(self.params):
-            part = slice(i * self.blocks, (i + 1) * self.blocks)
-            if d_A is not None:
-                yield A, from_A(d_A[part], A).to(A.dtype)
-            if d_B is not None:
-                yield B, from_B(d_B[part], B, self.layout).to(B.dtype)
-
-
-def buckets(group: dict[str, Any]) -> Iterator[Bucket]:
-    """Stack the pairs of a group by shape, dtype, device, layout and which gradients exist.
-
-    Pairs without any gradient are left out.
-
-    Raises:
-        RuntimeError: a sparse gradient.
-    """
-    rows: dict[tuple[Any, ...], list[int]] = {}
-    params = group["params"]
-    for i, (layout, blocks) in enumerate(zip(group["layouts"], group["blocks"], strict=True)):
-        A, B = params[2 * i], params[2 * i + 1]
-        if A.grad is None and B.grad is None:
-            continue
-        for p in (A, B):
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(
-                    f"pair {group['names'][i]!r} has a sparse gradient; build the embedding with "
-                    "sparse=False."
-                )
-        key = (A.shape, B.shape, A.dtype, B.dtype, A.device, layout, blocks)
-        rows.setdefault((*key, A.grad is None, B.grad is None), []).append(i)
-    for (*_, layout, blocks, no_A, no_B), members in rows.items():
-        pairs = [(params[2 * i], params[2 * i + 1]) for i in members]
-        values = [group["scalings"][i] for i in members]
-        scaling: float | Tensor = values[0]
-        if any(v != values[0] for v in values):
-            repeated = [v for v in values for _ in range(blocks)]
-            scaling = torch.tensor(repeated, dtype=torch.float64, device=pairs[0][0].device)
-        yield Bucket(
-            pairs,
-            layout,
-            blocks,
-            torch.cat([as_A(A.detach(), layout, blocks) for A, _ in pairs]),
-            torch.cat([as_B(B.detach(), layout, blocks) for _, B in pairs]),
-            None if no_A else torch.cat([as_A(A.grad, layout, blocks) for A, _ in pairs]),
-            None if no_B else torch.cat([as_B(B.grad, layout, blocks) for _, B in pairs]),
-            scaling,
-        )
-
-
-def aligned_gradients(group: dict[str, Any], x: str) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, aligned gradient) for every parameter of a pairs group that has a gradient."""
-    aligned: list[tuple[Tensor, Tensor]] = []
-    for b in buckets(group):
-        aligned += b.split(*align(b.A, b.B, b.grad_A, b.grad_B, b.scaling, x=x))
-    return aligned
-
-
-def plain_gradients(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, gradient) for every parameter of a plain group that has a gradient."""
-    return [(p, p.grad) for p in group["params"] if p.grad is not None]
 
 
 class PairOptimizer(Optimizer):

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lorapro.choices import check_choice
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
-from lorapro.optim.base import aligned_gradients
+from lorapro.optim.stacking import aligned_gradients
 from lorapro.param_groups import lora_param_groups
 
 __all__ = ["align_gradients"]
@@ -75,8 +75,9 @@ def align_gradients(
 
     @torch.no_grad()
     def align_now() -> None:
-        for p, d in aligned_gradients(group, x):
-            p.grad.copy_(d)  # type: ignore[union-attr]
+        params, directions = aligned_gradients(group, x)
+        held: list[Any] = [p.grad for p in params]
+        torch._foreach_copy_(held, directions)
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lorapro.optim.adam_rule import AdamRule
-from lorapro.optim.base import PAIRS, Bucket, plain_gradients
+from lorapro.optim.base import PAIRS
+from lorapro.optim.stacking import Bucket, plain_gradients
 from lorapro.optim.tangent import TangentOptimizer, left_right
 
 __all__ = ["LoraProMuon", "polar_factor"]
@@ -124,7 +125,7 @@ class LoraProMuon(AdamRule, TangentOptimizer):
         if group["role"] == PAIRS:
             self.tangent_update(group)
         else:
-            self.adamw_update(plain_gradients(group), group)
+            self.adamw_update(*plain_gradients(group), group)
 
     def decay(self, group: dict[str, Any]) -> float:
         """μ."""

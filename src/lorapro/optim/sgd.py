@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from lorapro.optim.base import PAIRS, PairOptimizer, aligned_gradients, plain_gradients
+from lorapro.optim.base import PAIRS, PairOptimizer
+from lorapro.optim.stacking import aligned_gradients, plain_gradients
 
 __all__ = ["LoraProSGD"]
 
@@ -63,13 +64,13 @@ class LoraProSGD(PairOptimizer):
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""
         if group["role"] == PAIRS:
-            grads = aligned_gradients(group, group["x"])
+            params, grads = aligned_gradients(group, group["x"])
         else:
-            grads = plain_gradients(group)
-        buffers: list[Tensor | None] = [self.state[p].get(MOMENTUM) for p, _ in grads]
+            params, grads = plain_gradients(group)
+        buffers: list[Tensor | None] = [self.state[p].get(MOMENTUM) for p in params]
         sgd(
-            [p for p, _ in grads],
-            [g for _, g in grads],
+            params,
+            grads,
             buffers,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
@@ -79,5 +80,5 @@ class LoraProSGD(PairOptimizer):
             maximize=False,
         )
         if group["momentum"]:
-            for (p, _), buffer in zip(grads, buffers, strict=True):
+            for p, buffer in zip(params, buffers, strict=True):
                 self.state[p][MOMENTUM] = buffer

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapro.factors import as_A, as_B, from_A, from_B
 from lorapro.functional import Spectrum, align_in, spectrum
-from lorapro.optim.base import Bucket, PairOptimizer, buckets
+from lorapro.optim.base import PairOptimizer
+from lorapro.optim.stacking import Bucket, buckets
 
 __all__ = ["TangentOptimizer", "left_right", "pull_back", "transport"]
 
@@ -123,7 +123,7 @@ class TangentOptimizer(PairOptimizer):
         """One step of every pair of a group."""
         beta, lr = self.decay(group), group["lr"]
         for b in buckets(group):
-            for A, B in b.params:
+            for A, B in zip(b.params_A, b.params_B, strict=True):
                 if MOMENTUM not in self.state[B]:
                     self.new_state(A, B, b)
                 self.state[B][STEP] += 1
@@ -147,15 +147,12 @@ class TangentOptimizer(PairOptimizer):
                 b.scaling,
                 x=group["x"],
             )
+            params, directions = b.by_parameter(d_A, d_B)
             if group["weight_decay"]:
                 keep = max(0.0, 1 - lr * group["weight_decay"]) ** 0.5
-                torch._foreach_mul_(_moving(b), keep)
-            for p, d in b.split(d_A, d_B):
-                p.sub_(lr * d)
-            new = (
-                torch.cat([as_A(A, b.layout, b.blocks) for A, _ in b.params]),
-                torch.cat([as_B(B, b.layout, b.blocks) for _, B in b.params]),
-            )
+                torch._foreach_mul_(params, keep)
+            torch._foreach_sub_(params, torch._foreach_mul(directions, lr))
+            new = b.stack_A(b.params_A), b.stack_B(b.params_B)
             M_A, M_B = transport(
                 (b.A, b.B),
                 new,
@@ -167,21 +164,10 @@ class TangentOptimizer(PairOptimizer):
             self._keep_momentum(b, M_A, M_B)
 
     def _momentum(self, b: Bucket) -> tuple[Tensor, Tensor]:
-        M_A = [as_A(self.state[A][MOMENTUM], b.layout, b.blocks) for A, _ in b.params]
-        M_B = [as_B(self.state[B][MOMENTUM], b.layout, b.blocks) for _, B in b.params]
-        return torch.cat(M_A).double(), torch.cat(M_B).double()
+        M_A = b.stack_A([self.state[A][MOMENTUM] for A in b.params_A])
+        M_B = b.stack_B([self.state[B][MOMENTUM] for B in b.params_B])
+        return M_A.double(), M_B.double()
 
     def _keep_momentum(self, b: Bucket, M_A: Tensor, M_B: Tensor) -> None:
-        for i, (A, B) in enumerate(b.params):
-            part = slice(i * b.blocks, (i + 1) * b.blocks)
-            self.state[A][MOMENTUM].copy_(from_A(M_A[part], A))
-            self.state[B][MOMENTUM].copy_(from_B(M_B[part], B, b.layout))
-
-
-def _moving(b: Bucket) -> list[Tensor]:
-    return [
-        p
-        for pair in b.params
-        for p, grad in zip(pair, (b.grad_A, b.grad_B), strict=True)
-        if grad is not None
-    ]
+        held = [self.state[p][MOMENTUM] for p in (*b.params_A, *b.params_B)]
+        torch._foreach_copy_(held, [*b.unstack_A(M_A), *b.unstack_B(M_B)])

@@ -1,0 +1,198 @@
+"""Pairs of one shape stacked into batches, and their aligned gradients.
+
+Shape letters: m, n rows and columns of W; r rank; k matrices in a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorapro.factors import as_A, as_B, from_A, from_B
+from lorapro.functional import align
+from lorapro.optim.batched import align_batched
+
+__all__ = ["Bucket", "aligned_gradients", "buckets", "plain_gradients"]
+
+# Elements of a stack of gradients and factors on one side; a larger one is stepped in parts.
+MOST_ELEMENTS = 1 << 24
+
+
+class Bucket(NamedTuple):
+    """Pairs of one shape: their parameters, and the stacks (k, r, n) and (k, m, r)."""
+
+    params_A: list[Tensor]
+    params_B: list[Tensor]
+    layout: str
+    blocks: int
+    A: Tensor
+    B: Tensor
+    grad_A: Tensor | None
+    grad_B: Tensor | None
+    scaling: float | Tensor
+    both_A: Tensor | None  # (k, 2r, n): grad_A over A, of which the two are views
+
+    @property
+    def fits_batched(self) -> bool:
+        """Whether ``align_batched`` takes it: single precision, both gradients, on the CPU.
+
+        Elsewhere its look at the condition of the factors would wait for the device.
+        """
+        narrow = self.A.dtype != torch.float64 and self.B.dtype != torch.float64
+        return self.both_A is not None and narrow and self.A.device.type == "cpu"
+
+    def stack_A(self, tensors: list[Tensor]) -> Tensor:
+        """A-shaped tensors, one a pair, as (k, r, n)."""
+        return _stack(tensors, self.layout, self.blocks, as_A)
+
+    def stack_B(self, tensors: list[Tensor]) -> Tensor:
+        """B-shaped tensors, one a pair, as (k, m, r)."""
+        return _stack(tensors, self.layout, self.blocks, as_B)
+
+    def unstack_A(self, d: Tensor) -> list[Tensor]:
+        """(k, r, n) back to tensors like each A, in its dtype."""
+        d = d.to(self.params_A[0].dtype)
+        if self.layout == "matrix" and self.params_A[0].dim() == 2:
+            return list(d.unbind())
+        parts = d.split(self.blocks)
+        return [from_A(part, A) for part, A in zip(parts, self.params_A, strict=True)]
+
+    def unstack_B(self, d: Tensor) -> list[Tensor]:
+        """(k, m, r) back to tensors like each B, in its dtype."""
+        d = d.to(self.params_B[0].dtype)
+        if self.layout == "matrix" and self.params_B[0].dim() == 2:
+            return list(d.unbind())
+        parts = d.split(self.blocks)
+        return [from_B(part, B, self.layout) for part, B in zip(parts, self.params_B, strict=True)]
+
+    def by_parameter(
+        self, d_A: Tensor | None, d_B: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(parameters, directions) with the directions unstacked; ``None`` is left out."""
+        params: list[Tensor] = []
+        directions: list[Tensor] = []
+        if d_A is not None:
+            params += self.params_A
+            directions += self.unstack_A(d_A)
+        if d_B is not None:
+            params += self.params_B
+            directions += self.unstack_B(d_B)
+        return params, directions
+
+
+def buckets(group: dict[str, Any]) -> Iterator[Bucket]:
+    """Stack the pairs of a group by shape, dtype, device, layout and which gradients exist.
+
+    Pairs without any gradient are left out.
+
+    Raises:
+        RuntimeError: a sparse gradient.
+    """
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    params = group["params"]
+    grads = [p.grad for p in params]
+    for i, (A, B, g_A, g_B, layout, blocks) in enumerate(
+        zip(
+            params[::2],
+            params[1::2],
+            grads[::2],
+            grads[1::2],
+            group["layouts"],
+            group["blocks"],
+            strict=True,
+        )
+    ):
+        if g_A is None and g_B is None:
+            continue
+        if (g_A is not None and g_A.is_sparse) or (g_B is not None and g_B.is_sparse):
+            raise RuntimeError(
+                f"pair {group['names'][i]!r} has a sparse gradient; build the embedding with "
+                "sparse=False."
+            )
+        key = (A.shape, B.shape, A.dtype, B.dtype, A.device, layout, blocks)
+        rows.setdefault((*key, g_A is None, g_B is None), []).append(i)
+    for key, members in rows.items():
+        size = max(params[2 * members[0]].numel(), params[2 * members[0] + 1].numel())
+        at_once = max(1, MOST_ELEMENTS // (2 * size))
+        for first in range(0, len(members), at_once):
+            yield _bucket(group, grads, key, members[first : first + at_once])
+
+
+def _bucket(
+    group: dict[str, Any],
+    grads: list[Tensor | None],
+    key: tuple[Any, ...],
+    members: list[int],
+) -> Bucket:
+    *_, layout, blocks, no_A, no_B = key
+    params = group["params"]
+    params_A, params_B = [params[2 * i] for i in members], [params[2 * i + 1] for i in members]
+    values = [group["scalings"][i] for i in members]
+    scaling: float | Tensor = values[0]
+    if any(v != values[0] for v in values):
+        repeated = [v for v in values for _ in range(blocks)]
+        scaling = torch.tensor(repeated, dtype=torch.float64, device=params_A[0].device)
+    both = grad_A = grad_B = None
+    if no_A or no_B:
+        A = _stack(params_A, layout, blocks, as_A)
+    else:
+        mixed: list[Any] = [t for i in members for t in (grads[2 * i], params[2 * i])]
+        if layout == "matrix":
+            r = params_A[0].shape[0]
+            both = torch.cat(mixed).view(len(members), 2 * r, -1)
+        else:
+            pairs = zip(mixed[::2], mixed[1::2], strict=True)
+            both = torch.cat(
+                [torch.cat([as_A(t, layout, blocks) for t in pair], 1) for pair in pairs]
+            )
+            r = both.shape[1] // 2
+        grad_A, A = both[:, :r], both[:, r:]
+    if no_B:
+        grad_A = _stack([grads[2 * i] for i in members], layout, blocks, as_A)
+    else:
+        grad_B = _stack([grads[2 * i + 1] for i in members], layout, blocks, as_B)
+    B = _stack(params_B, layout, blocks, as_B)
+    return Bucket(params_A, params_B, layout, blocks, A, B, grad_A, grad_B, scaling, both)
+
+
+def _stack(tensors: list[Any], layout: str, blocks: int, view: Any) -> Tensor:
+    if layout == "matrix":
+        first = tensors[0]
+        stacked = torch.cat(tensors)
+        return stacked.view(len(tensors), first.shape[0], -1).detach()
+    return torch.cat([view(t.detach(), layout, blocks) for t in tensors])
+
+
+@torch.no_grad()
+def aligned_gradients(group: dict[str, Any], x: str) -> tuple[list[Tensor], list[Tensor]]:
+    """(parameters, aligned gradients) of a pairs group, for every parameter with a gradient."""
+    params: list[Tensor] = []
+    directions: list[Tensor] = []
+    by_rank: dict[int, list[Bucket]] = {}
+    for b in buckets(group):
+        if b.fits_batched:
+            by_rank.setdefault(b.A.shape[-2], []).append(b)
+            continue
+        p, d = b.by_parameter(*align(b.A, b.B, b.grad_A, b.grad_B, b.scaling, x=x))
+        params += p
+        directions += d
+    for together in by_rank.values():
+        aligned = align_batched(
+            [(b.both_A, b.B, b.grad_B) for b in together],  # type: ignore[misc]
+            [b.scaling for b in together],
+            x,
+        )
+        for b, (d_A, d_B) in zip(together, aligned, strict=True):
+            p, d = b.by_parameter(d_A, d_B)
+            params += p
+            directions += d
+    return params, directions
+
+
+def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """(parameters, gradients) of a plain group, for every parameter with a gradient."""
+    params = [p for p in group["params"] if p.grad is not None]
+    return params, [p.grad for p in params]

@@ -1,0 +1,100 @@
+"""The fast float32 path against the exact one, through the optimizers that use it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lorapro
+import lorapro.functional as F
+from helpers import feed_dense_gradient
+from lorapro.factors import LoraPair
+
+XS = ("zero", "sylvester", "symmetric")
+
+
+def a_pair(name, m, n, r, cond, size, generator, scaling=2.0):
+    def orthonormal(rows):
+        return torch.linalg.qr(torch.randn(rows, r, generator=generator, dtype=torch.float64))[0]
+
+    spread = torch.logspace(0, -float(torch.log10(torch.tensor(cond))), r, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64))[0]
+    B = size * (orthonormal(m) * spread) @ turn.T
+    A = torch.randn(r, n, generator=generator) / n**0.5
+    return LoraPair(name, nn.Parameter(A), nn.Parameter(B.float()), scaling)
+
+
+def many_pairs(r, generator):
+    """Shapes, conditions and sizes as in training and beyond; B = 0 and A dead rows among them."""
+    pairs = []
+    for i, (m, n) in enumerate([(48, 64), (64, 48), (48, 64), (40, 128)]):
+        for cond, size in [(1.5, 1e-3), (30.0, 0.1), (250.0, 2.0), (1e5, 0.5)]:
+            name = f"{i}/{cond}"
+            pairs.append(a_pair(name, m, n, r, cond, size, generator, scaling=1.0 + i))
+    with torch.no_grad():
+        pairs[3].B.zero_()
+        pairs[5].A[0] = 0
+    return pairs
+
+
+@pytest.mark.parametrize("x", XS)
+@pytest.mark.parametrize("r", [1, 4, 16, 32])
+def test_aligned_steps_are_those_of_the_exact_path(r, x):
+    generator = torch.Generator().manual_seed(r)
+    pairs = many_pairs(r, generator)
+    optimizer = lorapro.LoraProSGD(lorapro.lora_param_groups(None, pairs=pairs), lr=1.0, x=x)
+    expected = []
+    for pair in pairs:
+        feed_dense_gradient(pair, torch.randn(pair.shape, generator=generator))
+        parts = (pair.A.detach(), pair.B.detach(), pair.A.grad, pair.B.grad)
+        expected.append((*F.align(*parts, pair.scaling, x=x), *(t.clone() for t in parts[:2])))
+    with torch.no_grad():  # the step itself, without rounding against the size of the factors
+        handles = [torch.zeros_like(p) for pair in pairs for p in (pair.A, pair.B)]
+        taken = {}
+        params, directions = lorapro.optim.stacking.aligned_gradients(optimizer.param_groups[0], x)
+        for p, d in zip(params, directions, strict=True):
+            taken[id(p)] = d
+    assert len(taken) == len(handles)
+    for pair, (d_A, d_B, A, B) in zip(pairs, expected, strict=True):
+        have_A, have_B = taken[id(pair.A)].double(), taken[id(pair.B)].double()
+        d_A, d_B, A, B = (t.double() for t in (d_A, d_B, A, B))
+        got = F.equivalent_gradient(A, B, have_A, have_B, pair.scaling)
+        want = F.equivalent_gradient(A, B, d_A, d_B, pair.scaling)
+        assert float((got - want).norm()) <= 1e-3 * float(want.norm()), pair.name
+        for have, exact in ((have_A, d_A), (have_B, d_B)):
+            assert float((have - exact).norm()) <= 1e-2 * float(exact.norm()), pair.name
+
+
+def test_large_stacks_are_stepped_in_parts(monkeypatch):
+    from lorapro.optim import stacking
+
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        pairs = [a_pair(str(i), 12, 16, 2, 3.0, 0.5, generator) for i in range(7)]
+        optimizer = lorapro.LoraProAdamW(lorapro.lora_param_groups(None, pairs=pairs), lr=1e-2)
+        for _ in range(3):
+            for pair in pairs:
+                feed_dense_gradient(pair, torch.randn(pair.shape, generator=generator))
+            optimizer.step()
+        return [p.detach() for pair in pairs for p in (pair.A, pair.B)]
+
+    whole = run()
+    monkeypatch.setattr(stacking, "MOST_ELEMENTS", 3 * 2 * 32)
+    for a, b in zip(whole, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cond_Q", [1.0, 4.0, 30.0])
+def test_conjugate_gradients_solve_the_sylvester_equation(cond_Q):
+    from lorapro.optim.batched import solve_sylvester
+
+    generator = torch.Generator().manual_seed(0)
+    k, r = 5, 24
+    turn = torch.linalg.qr(torch.randn(2 * k, r, r, generator=generator))[0]
+    P = (turn[:k] * torch.logspace(0, -5, r)) @ turn[:k].mT
+    Q = (turn[k:] * torch.logspace(0, -float(torch.tensor(cond_Q).log10()), r)) @ turn[k:].mT
+    K = torch.randn(k, r, r, generator=generator) * torch.logspace(-20, 3, k)[:, None, None]
+    Y = solve_sylvester(P, Q, K)
+    residual = (P @ Y + Y @ Q - K).norm(dim=(-2, -1)) / K.norm(dim=(-2, -1))
+    assert float(residual.max()) < 0.02

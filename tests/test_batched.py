@@ -29,12 +29,12 @@ def many_pairs(r, generator):
     """Shapes, conditions and sizes as in training and beyond; B = 0 and A dead rows among them."""
     pairs = []
     for i, (m, n) in enumerate([(48, 64), (64, 48), (48, 64), (40, 128)]):
-        for cond, size in [(1.5, 1e-3), (30.0, 0.1), (250.0, 2.0), (1e5, 0.5)]:
+        for cond, size in [(1.5, 1e-3), (30.0, 0.1), (160.0, 2.0), (250.0, 2.0), (1e5, 0.5)]:
             name = f"{i}/{cond}"
             pairs.append(a_pair(name, m, n, r, cond, size, generator, scaling=1.0 + i))
     with torch.no_grad():
         pairs[3].B.zero_()
-        pairs[5].A[0] = 0
+        pairs[6].A[0] = 0
     return pairs
 
 

@@ -39,9 +39,7 @@ def test_gradient_checkpointing(tiny, reentrant, estimator):
     recomputed = []
     layer = model.base_model.model.model.layers[0].self_attn
     layer.register_forward_hook(lambda *_: recomputed.append(torch.is_grad_enabled()))
-    report = lora_ga.initialize(
-        model, batches, scale="unit", estimator=estimator, oversampling=40
-    )
+    report = lora_ga.initialize(model, batches, scale="unit", estimator=estimator, oversampling=40)
     # Each pass runs the layer once forward and once again in the backward pass.
     assert len(recomputed) == 2 * len(batches) * report.passes
     for pair in find_pairs(model).pairs:
@@ -200,5 +198,3 @@ def test_sketch_keeps_the_energy_and_depends_on_the_seed_only(tiny):
         torch.manual_seed(torch.seed() % 1000)  # the global generator plays no part
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
-
-

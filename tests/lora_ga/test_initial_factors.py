@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
+import pickle
 
 import pytest
 import torch
@@ -67,12 +67,9 @@ def test_peft_operations_on_a_trained_model(tiny, kind):
     assert close(logits(model, batches[0]), trained)
     model.unmerge_adapter()
     assert close(logits(model, batches[0]), trained)
-    stored = io.BytesIO()
-    torch.save(model, stored)
-    stored.seek(0)
-    assert close(logits(torch.load(stored, weights_only=False), batches[0]), trained, 1e-6)
-    plain = {k for k in tiny.adapted(tiny.llama()).state_dict()}
-    assert set(model.state_dict()) == plain  # initial factors are in no checkpoint
+    assert close(logits(pickle.loads(pickle.dumps(model)), batches[0]), trained, 1e-6)
+    # Initial factors are in no checkpoint.
+    assert set(model.state_dict()) == set(tiny.adapted(tiny.llama()).state_dict())
     if kind == "frozen":
         with model.disable_adapter():
             assert close(logits(model, batches[0]), logits(base, batches[0]), 1e-5)

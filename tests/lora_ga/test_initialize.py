@@ -210,9 +210,7 @@ def test_get_lora_ga_model(tiny):
     assert len(model.lora_ga_report.layers) == 4
     assert (logits(model, batches[0]) - before).abs().max() <= 1e-4 * before.abs().max()
     with pytest.raises(ValueError, match="'pissa'"):
-        lora_ga.get_lora_ga_model(
-            tiny.llama(), LoraConfig(r=2, init_lora_weights="pissa"), batches
-        )
+        lora_ga.get_lora_ga_model(tiny.llama(), LoraConfig(r=2, init_lora_weights="pissa"), batches)
 
 
 def test_bad_input(tiny):

@@ -50,9 +50,8 @@ def test_minimisation_never_ends_above_its_start(seed, size):
 
 def test_minimisation_stays_at_a_minimum():
     G = torch.ones(6, 4)  # B = e/2, A = e/2 solve it: each gives half of the sign
-    A, B, start, end = minimize_adam_objective(
-        torch.full((1, 4), 0.5), torch.full((6, 1), 0.5), G
-    )
+    A0, B0 = torch.full((1, 4), 0.5), torch.full((6, 1), 0.5)
+    _, _, start, end = minimize_adam_objective(A0, B0, G)
     assert start == pytest.approx(0, abs=1e-6)
     assert end <= start
 

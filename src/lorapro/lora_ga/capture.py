@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lorapro.lora_ga.geometry import rows_of
-from lorapro.lora_ga.layers import AdaptedLayer
+from lorapro.lora_ga.layers import REPACKED, AdaptedLayer
 
 __all__ = ["Accumulator", "Loss", "capture", "quiet"]
 
@@ -164,6 +164,34 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Linear(torch.autograd.Function):
+    """Gives a linear layer's output the gradient with respect to its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer, ctx.like = layer, (x.shape[-1], x.dtype, x.device)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (delta,) = grads
+        n, dtype, device = ctx.like
+        with torch.no_grad():
+            forward = type(ctx.layer).forward  # the layer itself, without hooks
+            transposed = forward(ctx.layer, torch.eye(n, dtype=dtype, device=device))
+            if getattr(ctx.layer, "bias", None) is not None:
+                transposed = transposed - ctx.layer.bias
+            return (delta.to(dtype) @ transposed.mT), None, None
+
+
+def _pass_gradients(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Forward hook: bitsandbytes' kernel for repacked weights has no backward pass."""
+    x = args[0]
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    return _Linear.apply(x, output.detach(), module)
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """The model as gradients at initialisation are taken: no dropout, no parameter gradients.
@@ -176,14 +204,21 @@ def quiet(model: nn.Module) -> Iterator[None]:
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     checkpointed = [m for m, on in training if on and getattr(m, "gradient_checkpointing", False)]
+    # In evaluation mode bitsandbytes repacks 4-bit weights for inference on a CPU, for good.
+    quantized = [m for m, _ in training if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
+    quantized = [m for m in quantized if not hasattr(m, "base_layer")]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.inference_mode(False))
         try:
             for module, _ in training:
                 module.training = False
-            for module in checkpointed:
+            for module in (*checkpointed, *quantized):
                 module.training = True
+            for module in quantized:
+                if getattr(getattr(module.weight, "quant_state", None), REPACKED, False):
+                    handle = module.register_forward_hook(_pass_gradients)
+                    stack.callback(handle.remove)
             for p, _ in trainable:
                 p.requires_grad_(False)
             if checkpointed:

@@ -279,6 +279,8 @@ def load_initial(model: nn.Module, folder: str | Path, adapter: str | None = Non
     with safe_open(path, framework="pt") as stream:
         tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
         base = (stream.metadata() or {}).get("base", "subtract")
+    for name, _ in initial_layers(model, adapter):
+        raise ValueError(f"{name} is initialised already; load into a fresh model.")
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
     with as_if_trained(model, adapter):
         layers = {x.name: x for x in adapted_layers(model, adapter)[0]}
@@ -287,8 +289,6 @@ def load_initial(model: nn.Module, folder: str | Path, adapter: str | None = Non
         raise ValueError(f"{path} is of another model: it has {missing[0]}, this model has not.")
     chosen = [layers[name] for name in names]
     for x in chosen:
-        if initial_of(x.module, adapter) is not None:
-            raise ValueError(f"{x.name} is initialised already; load into a fresh model.")
         A, B = tensors[f"{x.name}.A"], tensors[f"{x.name}.B"]
         if A.shape != x.pair.A.shape or B.shape != x.pair.B.shape:
             raise ValueError(

@@ -31,6 +31,9 @@ __all__ = [
     "resolve_adapter",
 ]
 
+# Set by bitsandbytes on the state of a 4-bit weight repacked for inference on a CPU.
+REPACKED = "packing_format_for_cpu"
+
 
 @dataclass(frozen=True)
 class AdaptedLayer:
@@ -90,14 +93,7 @@ class AdaptedLayer:
 
     def weight_matrices(self) -> Tensor | None:
         """W0 as (k, m, n), dequantized if need be; ``None`` if it cannot be had."""
-        weight = self.weight
-        if self.is_quantized():
-            try:
-                from peft.utils.integrations import dequantize_module_weight
-
-                weight = dequantize_module_weight(self.base)
-            except (ImportError, TypeError, AttributeError, NotImplementedError, ValueError):
-                return None
+        weight = _dequantized(self.base) if self.is_quantized() else self.weight
         if weight is None or weight.numel() == 0:
             return None
         return self.as_matrices(weight.detach())
@@ -203,6 +199,34 @@ def adapted_layers(
         else:
             layers.append(AdaptedLayer(pair.name, kind, module, base, pair, adapter))
     return layers, unsupported
+
+
+@torch.no_grad()
+def _dequantized(base: Any) -> Tensor | None:
+    """The weight of a quantized linear layer in floating point; the layer is left as it is.
+
+    (PEFT's ``dequantize_module_weight`` puts a new 8-bit weight without its scales in place on a
+    CPU.)
+    """
+    weight: Any = getattr(base, "weight", None)
+    kind = type(weight).__name__
+    if kind == "Int8Params":
+        scales = base.state.SCB if base.state.SCB is not None else weight.SCB
+        return weight.data.float() * (scales.float() / 127).unsqueeze(1)
+    if kind == "Params4bit" and not getattr(weight.quant_state, REPACKED, False):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if not hasattr(base, "in_features"):
+        return None
+    like = weight if isinstance(weight, Tensor) else next(base.buffers(), None)
+    if like is None:
+        return None
+    # Any other kind: its rows are what it makes of unit vectors.
+    dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+    columns = type(base).forward(base, torch.eye(base.in_features, dtype=dtype, device=like.device))
+    bias = getattr(base, "bias", None)
+    return (columns if bias is None else columns - bias).mT
 
 
 def adapted_kind(module: Any, base: Any) -> str:

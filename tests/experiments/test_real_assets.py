@@ -70,14 +70,14 @@ def test_smollm2_is_an_ordinary_model_with_its_chat_template(smollm2):
 def test_smollm2_answers_alike_in_a_batch_and_alone_and_needs_the_mask(smollm2):
     _, model, tokenizer = smollm2
     prompts = [prompt_ids(tokenizer, question) for question in QUESTIONS]
-    alone = [generate(model, tokenizer, [p], max_new_tokens=24)[0] for p in prompts]
-    assert generate(model, tokenizer, prompts, max_new_tokens=24) == alone
+    alone = [generate(model, tokenizer, [p], max_new_tokens=16)[0] for p in prompts]
+    assert generate(model, tokenizer, prompts, max_new_tokens=16) == alone
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
     with torch.no_grad():
         blind = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(mask),
-            max_new_tokens=24,
+            max_new_tokens=16,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )

@@ -61,13 +61,13 @@ def config_help() -> str:
 
 def quiet_libraries() -> None:
     """Silence what libraries say about their own insides; our own output stays readable."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while being imported
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
     from transformers.utils import logging as transformers_logging
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=transformers.__name__)
     warnings.filterwarnings("ignore", category=FutureWarning, module="peft")
 

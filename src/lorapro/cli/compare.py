@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorapro.cli.common import Parser, config_help
+from lorapro.cli.common import Parser, config_help, quiet_libraries
 from lorapro.experiments.errors import UserError
 
 __all__ = ["run"]
@@ -39,12 +39,11 @@ def run(arguments: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from lorapro.cli.common import quiet_libraries
+    quiet_libraries()  # before anything imports them
     from lorapro.experiments.compare import compare
     from lorapro.experiments.compare_config import load_comparison
     from lorapro.experiments.report import print_report
 
-    quiet_libraries()
     console = Console()
     comparison = load_comparison(flags[0], flags[1:])
     summary = compare(comparison, console)

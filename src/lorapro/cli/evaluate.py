@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from lorapro.cli.common import Parser, config_help, report_line
+from lorapro.cli.common import Parser, config_help, quiet_libraries, report_line
 
 __all__ = ["run"]
 
@@ -35,10 +35,9 @@ def run(arguments: Sequence[str]) -> None:
         return
     known, flags = parser.parse_known_args(arguments)
 
-    from lorapro.cli.common import quiet_libraries
+    quiet_libraries()  # before anything imports them
     from lorapro.experiments.restore import evaluate_target
 
-    quiet_libraries()
     metrics = evaluate_target(
         known.target,
         flags,

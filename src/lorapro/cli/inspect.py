@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from lorapro.cli.common import Parser, report_line
+from lorapro.cli.common import Parser, quiet_libraries, report_line
 
 __all__ = ["run"]
 
@@ -26,10 +26,9 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     known, flags = parser.parse_known_args(arguments)
 
-    from lorapro.cli.common import quiet_libraries
+    quiet_libraries()  # before anything imports them
     from lorapro.experiments.restore import describe_target
 
-    quiet_libraries()
     description = describe_target(known.target, flags, log=report_line)
     if known.json:
         print(json.dumps(description, indent=2))

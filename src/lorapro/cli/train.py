@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorapro.cli.common import Parser, config_help, report_line
+from lorapro.cli.common import Parser, config_help, quiet_libraries, report_line
 
 __all__ = ["run"]
 
@@ -23,11 +23,10 @@ def run(arguments: Sequence[str]) -> None:
     flags = list(arguments)
     path = flags.pop(0) if flags and not flags[0].startswith("-") else None
 
-    from lorapro.cli.common import quiet_libraries
+    quiet_libraries()  # before anything imports them
     from lorapro.experiments.config import load_config
     from lorapro.experiments.runner import run as run_config
 
-    quiet_libraries()
     config = load_config(path, flags)
     result = run_config(config, log=report_line)
     for split in ("validation", "test"):

@@ -44,7 +44,7 @@ __all__ = [
 LAYOUTS = ("matrix", "experts", "groups")
 
 # LoRA variants of PEFT whose trained delta is s·B·A itself (DoRA's magnitude is trained plainly,
-# MiCA freezes one factor, activated LoRA masks tokens).
+# MiCA freezes one factor, activated LoRA masks tokens, LoRA-GA may subtract a frozen start).
 _ALIGNABLE_VARIANTS = (
     "DoraLinearVariant",
     "DoraEmbeddingVariant",
@@ -54,6 +54,7 @@ _ALIGNABLE_VARIANTS = (
     "ALoraLinearVariant",
     "MiCALinearVariant",
     "MiCAEmbeddingVariant",
+    "FrozenInitialVariant",
 )
 # Tuner layers without factors, whose parameters any optimizer may train plainly beside LoRA.
 _PLAIN_TUNERS = ("TrainableTokensLayer",)

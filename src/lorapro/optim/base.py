@@ -94,6 +94,8 @@ class PairOptimizer(Optimizer):
     def _decay_bases(self, group: dict[str, Any]) -> None:
         if group["weight_decay"]:
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+            for p in group["params"]:
+                p.lorapro_decayed = True  # read when an adapter is exported without its base
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; decayed base weights ride along, since no adapter file carries them."""

@@ -5,8 +5,8 @@
 
 Each method runs in a process of its own. Peak memory is what PyTorch's CPU allocator hands out
 above what the loaded model holds: every allocation and release the profiler reports, summed in
-order of time. Memory of libraries that do not allocate through it (LAPACK workspaces) is not in it; the
-process's own peak (ru_maxrss) is printed beside it as a check, with all the libraries in it.
+order of time. Memory of libraries that do not allocate through it (LAPACK workspaces) is not in it;
+the process's own peak (ru_maxrss) is printed beside it as a check, with all the libraries in it.
 """
 
 from __future__ import annotations

@@ -330,3 +330,55 @@ def test_merging_into_a_tied_weight_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tied to .*embed_tokens"):
         save_merged(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run as it lies on disk: the base, the initial factors, an adapter; and what it computes."""
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = started("subtract", base, task_type="CAUSAL_LM", use_rslora=True)
+    lora_ga.save_initial(model, tmp_path / "run")
+    train(model)
+    model.save_pretrained(tmp_path / "run" / "adapter")
+    return tmp_path, logits(model)
+
+
+def test_export_command(run_folder, capsys):
+    from lorapro.cli.export import run
+
+    folder, trained = run_folder
+    adapter, out = str(folder / "run" / "adapter"), folder / "out"
+    run([adapter, str(out)])
+    assert "plain LoRA of rank 8" in capsys.readouterr().out
+    loaded = PeftModel.from_pretrained(llama(), out).eval()
+    assert close(logits(loaded), trained)
+
+    run([adapter, str(folder / "small"), "--rank", "2"])
+    assert "at most" in capsys.readouterr().out
+    assert json.loads((folder / "small" / "adapter_config.json").read_text())["r"] == 2
+
+    run([adapter, str(folder / "merged"), "--merged", "--initial", str(folder / "run")])
+    loaded = LlamaForCausalLM.from_pretrained(folder / "merged").eval()
+    assert close(logits(loaded), trained)
+
+
+def test_export_command_refuses_bad_input(run_folder):
+    from lorapro.cli.export import run
+    from lorapro.experiments.errors import UserError
+
+    folder, _ = run_folder
+    adapter, out = str(folder / "run" / "adapter"), str(folder / "out")
+    kept = sorted(folder.rglob("*"))
+    for match, arguments in (
+        ("no file or folder", [str(folder / "nothing"), out]),
+        ("not an empty folder", [adapter, str(folder / "base")]),
+        ("--rank must be at least 1", [adapter, out, "--rank", "0"]),
+        ("has no rank", [adapter, out, "--merged", "--rank", "2"]),
+        ("has no lora_ga_initial", [adapter, out, "--initial", str(folder)]),
+        ("did you mean '--merged'", [adapter, out, "--merge"]),
+        ("is a file", [str(folder / "run" / "lora_ga_initial.safetensors"), out]),
+    ):
+        with pytest.raises(UserError, match=match):
+            run(arguments)
+        assert sorted(folder.rglob("*")) == kept

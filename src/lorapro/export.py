@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lorapro.factors import LoraPair, from_A, from_B
+from lorapro.export_change import change_from_base, change_of, low_rank, stored_factors, stored_rank
+from lorapro.export_merged import names_of_parameters
+from lorapro.export_merged import save_merged as save_merged
+from lorapro.factors import LoraPair
 from lorapro.lora_ga.initial import initial_of
 from lorapro.lora_ga.initial import remember_initial as remember_initial
-from lorapro.lora_ga.layers import AdaptedLayer, adapted_kind, all_pairs, resolve_adapter
+from lorapro.lora_ga.layers import all_pairs, resolve_adapter
 
 __all__ = [
     "PortableLayer",
@@ -41,8 +43,6 @@ __all__ = [
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # A base weight with this attribute has been decayed by an optimizer (AdamW in full mode).
 DECAYED = "lorapro_decayed"
-# Share of the change that may lie outside rank 2r before it is no rounding any more.
-_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -81,34 +81,6 @@ class PortableReport:
             text += f"; cut off: {mean:.2%} of the change on average, {worst.error:.2%} at most"
             text += f" ({worst.name})"
         return text
-
-
-def low_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Best factors of a given rank of a product, without forming it.
-
-    Args:
-        left: (..., m, p).
-        right: (..., p, n).
-        rank: r.
-
-    Returns:
-        ``(B, A, error)``: (..., m, r), (..., r, n) with ``B·A ≈ left·right``, the square root of
-        the singular values in each; and (...,) the relative error in the Frobenius norm.
-
-    >>> B, A, error = low_rank(torch.eye(3), torch.diag(torch.tensor([4.0, 3.0, 0.0])), 1)
-    >>> (B @ A).round(decimals=3)[0], error
-    (tensor([4., 0., 0.], dtype=torch.float64), tensor(0.6000, dtype=torch.float64))
-    """
-    Q_left, R_left = torch.linalg.qr(left.double())
-    Q_right, R_right = torch.linalg.qr(right.double().mT)
-    U, sigma, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
-    rank = min(rank, sigma.shape[-1])
-    root = sigma[..., :rank].sqrt()
-    B = (Q_left @ U[..., :rank]) * root.unsqueeze(-2)
-    A = root.unsqueeze(-1) * (Vh[..., :rank, :] @ Q_right.mT)
-    whole = sigma.square().sum(-1)
-    rest = sigma[..., rank:].square().sum(-1)
-    return B, A, (rest / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt()
 
 
 def save_portable(
@@ -168,12 +140,12 @@ def save_portable(
         raise ValueError(f"adapter {adapter!r} has no LoRA layers.")
     _check_plain(peft_model, pairs, adapter)
 
-    changes = [_change_of(peft_model, pair, adapter) for pair in pairs]
+    changes = [change_of(peft_model, pair, adapter) for pair in pairs]
     if _start_unknown(config, peft_model, pairs, adapter):
         original = original if original is not None else _load_original(peft_model, config)
     if original is not None:
         changes = [
-            _change_from_base(peft_model, original, pair, adapter, strict=rank is None)
+            change_from_base(peft_model, original, pair, adapter, strict=rank is None)
             for pair in pairs
         ]
     rows: list[PortableLayer] = []
@@ -188,7 +160,7 @@ def save_portable(
             error = float(errors.max())
         done.append((left, right))
         rows.append(PortableLayer(pair.name, left.shape[-1], error))
-    common = max(_stored_rank(pair, left) for pair, (left, _) in zip(pairs, done, strict=True))
+    common = max(stored_rank(pair, left) for pair, (left, _) in zip(pairs, done, strict=True))
     for pair in pairs:
         if pair.layout == "groups" and common % pair.blocks:
             raise ValueError(
@@ -197,9 +169,9 @@ def save_portable(
             )
 
     state = dict(peft_model.state_dict())
-    names = _names_of(peft_model)
+    names = names_of_parameters(peft_model)
     for pair, (left, right) in zip(pairs, done, strict=True):
-        A, B = _stored(pair, left, right, common)
+        A, B = stored_factors(pair, left, right, common)
         state.update(dict.fromkeys(names[id(pair.A)], A))
         state.update(dict.fromkeys(names[id(pair.B)], B))
         bias = _bias_of(peft_model.get_submodule(pair.name), adapter)
@@ -223,72 +195,6 @@ def save_portable(
     return PortableReport(str(target), common, tuple(rows))
 
 
-def save_merged(
-    peft_model: Any,
-    path: str | os.PathLike[str],
-    *,
-    adapter: str | None = None,
-    in_place: bool = False,
-) -> None:
-    """Write the whole model with the adapter merged into the base weights as they are now.
-
-    This is the form that carries everything: a base decayed by LoRA-Pro's full mode, one changed by
-    LoRA-GA or PiSSA, modules trained in full. The model is copied first, which takes its memory
-    once more.
-
-    Args:
-        peft_model: a PEFT model whose base is not quantized.
-        path: folder, written by ``save_pretrained`` (``model.safetensors`` for a plain module).
-        adapter: name of the adapter; ``None`` if there is one.
-        in_place: merge the model itself instead of a copy; it is then no PEFT model any more.
-
-    Raises:
-        ValueError: a quantized base (merging would quantize the result again), or an adapted weight
-            that is tied to another layer's.
-
-    >>> import tempfile
-    >>> from peft import LoraConfig, get_peft_model
-    >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), LoraConfig(target_modules=["0"]))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_merged(model, folder)
-    ...     os.listdir(folder)
-    ['model.safetensors']
-    """
-    peft_model = getattr(peft_model, "_orig_mod", peft_model)
-    if not hasattr(peft_model, "merge_and_unload"):
-        raise ValueError(f"expected a PEFT model, found {type(peft_model).__name__}.")
-    target = Path(path)
-    if target.is_file():
-        raise ValueError(f"{target} is a file; expected a folder to write to.")
-    adapter = resolve_adapter(peft_model, adapter)
-    names = _names_of(peft_model)
-    for name, module in peft_model.named_modules():
-        if not hasattr(module, "get_base_layer") or not hasattr(module, "lora_A"):
-            continue
-        base: Any = module.get_base_layer()
-        weight = getattr(base, getattr(module, "parameter_name", "weight"), None)
-        if not (isinstance(weight, nn.Parameter) and type(weight) is nn.Parameter):
-            raise ValueError(
-                f"the base weight of {name} is quantized; merging would quantize the result again. "
-                "Use save_portable and merge it into the unquantized base."
-            )
-        if len(names[id(weight)]) > 1:
-            other = [n for n in names[id(weight)] if not n.startswith(name)]
-            raise ValueError(
-                f"the base weight of {name} is tied to {(other or ['another layer'])[0]}; merging "
-                "would change both. Use save_portable."
-            )
-    model = peft_model if in_place else copy.deepcopy(peft_model)
-    merged = model.merge_and_unload(safe_merge=True, adapter_names=[adapter])
-    target.mkdir(parents=True, exist_ok=True)
-    if hasattr(merged, "save_pretrained"):
-        merged.save_pretrained(str(target))
-        return
-    from safetensors.torch import save_model
-
-    save_model(merged, str(target / "model.safetensors"))
-
-
 def _check_plain(model: Any, pairs: tuple[LoraPair, ...], adapter: str) -> None:
     for pair in pairs:
         module: Any = model.get_submodule(pair.name)
@@ -303,19 +209,6 @@ def _check_plain(model: Any, pairs: tuple[LoraPair, ...], adapter: str) -> None:
                 f"the base weight of {pair.name} was decayed during training (LoRA-Pro full mode "
                 "with weight decay), which no adapter can carry; use save_merged."
             )
-
-
-@torch.no_grad()
-def _change_of(model: Any, pair: LoraPair, adapter: str) -> tuple[Tensor, Tensor]:
-    """``s·B·A − s0·B0·A0`` as (k, m, p)·(k, p, n), float64."""
-    A, B = pair.matrices(pair.A.detach().double(), pair.B.detach().double())
-    left, right = pair.scaling * B, A
-    initial = initial_of(model.get_submodule(pair.name), adapter)
-    if initial is not None:
-        A0, B0 = pair.matrices(initial.A.double(), initial.B.double())
-        left = torch.cat([left, -initial.scaling * B0], dim=-1)
-        right = torch.cat([right, A0], dim=-2)
-    return left, right
 
 
 def _start_unknown(config: Any, model: Any, pairs: tuple[LoraPair, ...], adapter: str) -> bool:
@@ -343,79 +236,10 @@ def _load_original(model: Any, config: Any) -> nn.Module:
         raise ValueError(f"{advice}; loading it from {source!r} failed ({reason}).") from error
 
 
-@torch.no_grad()
-def _change_from_base(
-    model: Any, original: nn.Module, pair: LoraPair, adapter: str, *, strict: bool
-) -> tuple[Tensor, Tensor]:
-    """The change of one weight against the original base, cut to rank 2r."""
-    module: Any = model.get_submodule(pair.name)
-    if getattr(module, "merged", False):
-        raise ValueError(f"{pair.name} is merged; call unmerge_adapter() first.")
-    base = module.get_base_layer()
-    layer = AdaptedLayer(pair.name, adapted_kind(module, base), module, base, pair, adapter)
-    path = pair.name.removeprefix("base_model.model.").replace(".base_layer", "")
-    before: Any = original
-    for part in path.split("."):
-        before = getattr(before, part, None)
-    before = before.get_base_layer() if hasattr(before, "get_base_layer") else before
-    W0 = getattr(before, layer.weight_name, None)
-    W = layer.weight_matrices()
-    if W is None or not isinstance(W0, Tensor) or W0.shape != layer.weight.shape:
-        raise ValueError(
-            f"original has no weight at {path!r} of shape {tuple(layer.weight.shape)}; expected "
-            "the base model that the adapter was added to."
-        )
-    left, right = _change_of(model, pair, adapter)
-    delta = W.double() + left @ right - layer.as_matrices(W0.detach()).to(W.device).double()
-    U, sigma, Vh = torch.linalg.svd(delta, full_matrices=False)
-    r = min(2 * pair.rank, sigma.shape[-1])
-    rest = sigma[..., r:].norm() / sigma.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    if strict and rest > _ROUNDING:
-        raise ValueError(
-            f"{float(rest):.1%} of the change of {pair.name} is of higher rank than 2r: its base "
-            "weight changed in another way (weight decay in full mode, another original, a "
-            "quantized base). Use save_merged, or pass rank= to accept the loss."
-        )
-    return U[..., :r] * sigma[..., None, :r], Vh[..., :r, :]
-
-
-def _stored_rank(pair: LoraPair, left: Tensor) -> int:
-    return left.shape[-1] * (pair.blocks if pair.layout == "groups" else 1)
-
-
-def _stored(pair: LoraPair, left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (k, m, p) and (k, p, n), padded to ``rank``, as the adapter stores A and B."""
-    per_block = rank // pair.blocks if pair.layout == "groups" else rank
-    k, m, p = left.shape
-    B = left.new_zeros(k, m, per_block)
-    A = right.new_zeros(k, per_block, right.shape[-1])
-    B[..., :p], A[:, :p] = left, right
-    rows = k * per_block if pair.layout != "matrix" else per_block
-    columns = per_block * k if pair.layout == "experts" else per_block
-    dtype = pair.A.dtype
-    if not _exact_in(pair.scaling, dtype):
-        dtype = torch.promote_types(dtype, torch.float32)
-    like_A = A.new_empty(rows, *pair.A.shape[1:], dtype=dtype)
-    like_B = B.new_empty(pair.B.shape[0], columns, *pair.B.shape[2:], dtype=dtype)
-    return from_A(A.to(dtype), like_A), from_B(B.to(dtype), like_B, pair.layout)
-
-
-def _exact_in(scaling: float, dtype: torch.dtype) -> bool:
-    """Whether folding the scaling in rounds nothing: float32 and up, or a power of two."""
-    return dtype.itemsize >= 4 or scaling.hex().partition("p")[0].rstrip("0") == "0x1."
-
-
 def _bias_of(module: Any, adapter: str) -> Tensor | None:
     if adapter not in getattr(module, "lora_B", {}):
         return None
     return getattr(module.lora_B[adapter], "bias", None)
-
-
-def _names_of(model: nn.Module) -> dict[int, list[str]]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
 
 
 def _portable_config(config: Any, model: Any, rank: int) -> Any:

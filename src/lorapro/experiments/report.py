@@ -65,7 +65,10 @@ def notes(summary: dict[str, Any]) -> list[str]:
     if gap := summary["gap"]:
         size = f"Gap from LoRA to full fine-tuning: {gap['size']:.4f} of test loss"
         if gap["noise"] is None:
-            lines.append(f"{size}; one seed gives no estimate of its noise.")
+            lines.append(
+                f"{size}. One seed gives no estimate of its noise: run more (--seeds 0 1 2) before "
+                "believing a share."
+            )
         else:
             verdict = "" if gap["exists"] else ": no gap beyond noise"
             lines.append(f"{size}, 95 % interval ± {gap['noise']:.4f}{verdict}.")

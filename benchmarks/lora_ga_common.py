@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -127,5 +126,5 @@ def captured(A: Tensor, B: Tensor, G: Tensor) -> float:
 
 def factors(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of every adapted layer."""
-    layers, _ = adapted_layers(copy.copy(model), "default")
+    layers, _ = adapted_layers(model, "default")
     return {x.name: (x.pair.A.detach(), x.pair.B.detach()) for x in layers}

@@ -88,13 +88,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def captured_energies(model: Any, batches: list[dict]) -> dict[str, tuple[float, float]]:
-    """For each layer the share of its gradient the factors give back, and ``‖G‖²``."""
-    held = factors(model)
-    return {
-        name: (captured(*held[name], G), float(G.double().square().sum()))
-        for name, G in gradients(model.eval(), batches).items()
-    }
+def captured_energies(model: Any, batches: list[dict]) -> list[tuple[float, float, float]]:
+    """For each layer: energy of its gradient that the factors give back, the most that rank 2r
+    can, and ``‖G‖²``.
+    """
+    held, found = factors(model), []
+    for name, G in gradients(model.eval(), batches).items():
+        A, B = held[name]
+        sigma2 = torch.linalg.svdvals(G.double()).square()
+        total = float(sigma2.sum())
+        found.append((total * captured(A, B, G), float(sigma2[: 2 * len(A)].sum()), total))
+    return found
 
 
 def main() -> None:
@@ -104,13 +108,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16, help="tweets a batch")
     parser.add_argument("--length", type=int, default=64, help="tokens a tweet at most")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
         print(json.dumps(measure(arguments)))
         return
     rows = {}
-    for method in METHODS:
+    for method in arguments.methods:
         command = [sys.executable, *sys.argv, "--only", method]
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
@@ -125,18 +130,18 @@ def print_table(arguments: argparse.Namespace, rows: dict[str, dict[str, Any]]) 
         f"{arguments.model}, {arguments.batches} batches of {arguments.size} tweets, "
         f"r = {arguments.rank}, {torch.get_num_threads()} threads\n"
     )
-    print("| method | seconds | peak MiB | over plain LoRA | process MiB | energy | least layer |")
+    print(
+        "| method | seconds | peak MiB | over plain LoRA | process MiB | energy, of the most | "
+        "worst layer |"
+    )
     print("|---|---|---|---|---|---|---|")
-    exact = rows["exact"]["energy"]
     for method, row in rows.items():
         over = row["peak"] / rows["lora"]["peak"] - 1
         energy = least = ""
         if "energy" in row:
-            own = row["energy"]
-            weight = sum(norm for _, norm in exact.values())
-            whole = sum(share * exact[name][1] for name, (share, _) in own.items()) / weight
-            energy = f"{whole:.2%}"
-            least = f"{min(own[n][0] / exact[n][0] for n in own):.2%} of exact"
+            own, best, total = (sum(column) for column in zip(*row["energy"], strict=True))
+            energy = f"{own / total:.2%} of {best / total:.2%}"
+            least = f"{min(x / y for x, y, _ in row['energy']):.2%}"
         print(
             f"| {method} | {row['seconds']:.1f} | {row['peak'] / 2**20:.1f} | {over:+.1%} | "
             f"{row['rss'] / 2**20:.0f} | {energy} | {least} |"

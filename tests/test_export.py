@@ -197,6 +197,9 @@ def test_full_mode_with_weight_decay_is_merged_as_it_is(tmp_path):
         model(**batches()[step % 2]).loss.backward()
         optimizer.step()
     trained = logits(model.eval())
+    with pytest.raises(ValueError, match="decayed during training .* save_merged"):
+        save_portable(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
     save_merged(model, tmp_path)
     assert close(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), trained)
 

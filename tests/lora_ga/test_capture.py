@@ -35,7 +35,7 @@ def test_gradient_checkpointing(tiny, reentrant, estimator):
     enable({"use_reentrant": reentrant})
     if reentrant:  # as for training with it
         model.enable_input_require_grads()
-    model.train()
+    model.train(reentrant)  # checkpointing must be at work in either mode
     recomputed = []
     layer = model.base_model.model.model.layers[0].self_attn
     layer.register_forward_hook(lambda *_: recomputed.append(torch.is_grad_enabled()))

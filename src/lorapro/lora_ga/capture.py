@@ -196,14 +196,14 @@ def _pass_gradients(module: nn.Module, args: tuple[Any, ...], output: Tensor) ->
 def quiet(model: nn.Module) -> Iterator[None]:
     """The model as gradients at initialisation are taken: no dropout, no parameter gradients.
 
-    Modules are in evaluation mode, except that those with gradient checkpointing keep their own
-    flag of training mode, without which it would be off. On leaving, by an error too, training
+    Modules are in evaluation mode, except that those with gradient checkpointing have their own
+    flag of training mode set, without which it would be off. On leaving, by an error too, training
     flags, ``requires_grad`` flags and the random state are what they were.
     """
     training = [(module, module.training) for module in model.modules()]
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    checkpointed = [m for m, on in training if on and getattr(m, "gradient_checkpointing", False)]
+    checkpointed = [m for m, _ in training if getattr(m, "gradient_checkpointing", False)]
     # In evaluation mode bitsandbytes repacks 4-bit weights for inference on a CPU, for good.
     quantized = [m for m, _ in training if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
     quantized = [m for m in quantized if not hasattr(m, "base_layer")]

@@ -257,9 +257,10 @@ def _usable_layers(
 ) -> tuple[list[AdaptedLayer], list[tuple[str, str]]]:
     # Before layers are looked at: a frozen copy or a merge would show up as something else.
     for name, module in model.named_modules():
-        if getattr(module, "merged", False) and adapter in getattr(module, "merged_adapters", ()):
+        if getattr(module, "merged", False) is True and hasattr(module, "merged_adapters"):
             raise ValueError(
-                f"adapter {adapter!r} is merged into {name}; call unmerge_adapter() first."
+                f"{name} has {', '.join(map(repr, module.merged_adapters))} merged into its base; "
+                "call unmerge_adapter() first."
             )
         if initial_of(module, adapter) is not None:
             raise ValueError(

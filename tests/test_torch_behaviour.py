@@ -168,7 +168,8 @@ def test_a_broken_gradient_reaches_its_own_pair_only(kind, bad):
     ]
     options = {k: v for k, v in KINDS[kind].items() if k not in ("optimizer", "weight_decay")}
     classes = {"sgd": lorapro.LoraProSGD, "muon": lorapro.LoraProMuon}
-    optimizer = classes.get(kind, lorapro.LoraProAdamW)(lorapro.lora_param_groups(None, pairs=pairs), **options)
+    groups = lorapro.lora_param_groups(None, pairs=pairs)
+    optimizer = classes.get(kind, lorapro.LoraProAdamW)(groups, **options)
     for step in range(3):
         for i, pair in enumerate(pairs):
             feed_dense_gradient(pair, torch.randn(4, 5))

@@ -43,7 +43,8 @@ import sys
 from lorapro.cli.main import main
 main(["--help"])
 main(["train", "--help"])
-print([name for name in ("transformers", "peft", "datasets", "matplotlib") if name in sys.modules])
+large = ("torch", "transformers", "peft", "datasets", "matplotlib")
+print([name for name in large if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

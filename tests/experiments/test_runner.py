@@ -33,7 +33,7 @@ def test_methods_meet_the_same_head_and_the_same_batches(classify, tmp_path):
     assert abs(first_loss(values, "lora", tmp_path / "other", seed=1) - losses[0]) > 1e-4
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "lora-pro", "lora-pro-full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_what_is_saved_gives_the_loss_that_was_reported(classify, method):
     config = build_config({**classify, "method": method, "learning_rate": 1e-2})
     result = run(config)
@@ -72,7 +72,7 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["lora", "lora-pro", "lora-pro-full", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_an_interrupted_run_goes_on_to_the_same_end(classify, tmp_path, method):
     values = {
         **classify,

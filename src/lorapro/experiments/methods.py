@@ -51,15 +51,22 @@ class Method:
     changes_base: Literal["never", "decay", "always"] = "never"
 
 
-def lorapro_adamw(mode: str) -> OptimizerFactory:
-    """Optimizer factory for LoRA-Pro's AdamW in the given mode."""
+def aligned(optimizer: str = "adamw", **options: Any) -> OptimizerFactory:
+    """Optimizer factory for one of this package's optimizers."""
 
     def factory(training: TrainingArguments, experiment: ExperimentArguments) -> Any:
         import lorapro
 
-        return lorapro.trainer_optimizer(training, mode=mode, x=experiment.x)
+        return lorapro.trainer_optimizer(training, optimizer, x=experiment.x, **options)
 
     return factory
+
+
+def lora_ga(model: PeftModel, batches: Iterable[Any], experiment: ExperimentArguments) -> None:
+    """LoRA-GA's start with a frozen base, so that runs save adapters for the original model."""
+    import lorapro
+
+    lorapro.lora_ga.initialize(model, batches, estimator="sketch", base="frozen", progress=False)
 
 
 RANK_STABILIZED = {"use_rslora": True}
@@ -75,15 +82,69 @@ METHODS: dict[str, Method] = {
             "LoRA-Pro, efficient mode, scaling alpha/sqrt(r)",
             1e-3,
             adapter=RANK_STABILIZED,
-            optimizer=lorapro_adamw("efficient"),
+            optimizer=aligned(mode="efficient"),
         ),
         Method(
             "lora-pro-full",
             "LoRA-Pro, full mode, scaling alpha/sqrt(r)",
             3e-4,
             adapter=RANK_STABILIZED,
-            optimizer=lorapro_adamw("full"),
+            optimizer=aligned(mode="full"),
             changes_base="decay",
+        ),
+        Method(
+            "lora-pro-factored",
+            "AdamW on the tangent space at LoRA's memory, scaling alpha/sqrt(r)",
+            3e-4,
+            adapter=RANK_STABILIZED,
+            optimizer=aligned(mode="factored"),
+        ),
+        Method(
+            "lora-pro-muon",
+            "Muon on the tangent space, scaling alpha/sqrt(r)",
+            2e-3,
+            adapter=RANK_STABILIZED,
+            optimizer=aligned("muon"),
+        ),
+        Method(
+            "lora-ga",
+            "LoRA from LoRA-GA's start, scaling alpha/sqrt(r), AdamW",
+            1e-4,
+            adapter=RANK_STABILIZED,
+            init=lora_ga,
+        ),
+        Method(
+            "lora-ga+lora-pro",
+            "LoRA-GA's start, then LoRA-Pro, efficient mode",
+            1e-4,
+            adapter=RANK_STABILIZED,
+            init=lora_ga,
+            optimizer=aligned(mode="efficient"),
+        ),
+        Method(
+            "lora-ga+lora-pro-full",
+            "LoRA-GA's start, then LoRA-Pro, full mode",
+            3e-4,
+            adapter=RANK_STABILIZED,
+            init=lora_ga,
+            optimizer=aligned(mode="full"),
+            changes_base="decay",
+        ),
+        Method(
+            "lora-ga+lora-pro-factored",
+            "LoRA-GA's start, then AdamW on the tangent space",
+            3e-4,
+            adapter=RANK_STABILIZED,
+            init=lora_ga,
+            optimizer=aligned(mode="factored"),
+        ),
+        Method(
+            "lora-ga+lora-pro-muon",
+            "LoRA-GA's start, then Muon on the tangent space",
+            2e-3,
+            adapter=RANK_STABILIZED,
+            init=lora_ga,
+            optimizer=aligned("muon"),
         ),
     )
 }

@@ -21,6 +21,7 @@ from lorapro.experiments.memory import peak_memory, reset_peak_memory, tensor_by
 from lorapro.experiments.methods import METHODS
 from lorapro.experiments.model_building import build_model, check_optimizer, count_parameters
 from lorapro.experiments.tasks import TASKS, Task
+from lorapro.export import save_portable
 
 __all__ = ["make_task", "make_trainer", "run"]
 
@@ -200,7 +201,10 @@ def _save(config: Config, model: Any, task: Task, folder: Path) -> dict[str, str
         model.save_pretrained(folder / folders.MODEL)
         task.tokenizer.save_pretrained(folder / folders.MODEL)
         return {"model": folders.MODEL}
-    model.save_pretrained(folder / folders.ADAPTER)
+    if METHODS[config.experiment.method].init is None or _base_moves(config):
+        model.save_pretrained(folder / folders.ADAPTER)
+    else:  # it did not start at B·A = 0: what it learnt, for the original base
+        save_portable(model, folder / folders.ADAPTER)
     if not _base_moves(config):
         return {"adapter": folders.ADAPTER}
     merged = model.merge_and_unload()

@@ -37,7 +37,8 @@ class Accumulator:
     """Sum over batches of ``Gᵀ``, of ``Gᵀ·Q`` or of ``G·Ω`` for one layer.
 
     Shapes: G (k, m, n); Q (k, m, q); Ω (k, n, q) or (n, q). ``value`` is (k, n, m), (k, n, q) or
-    (k, m, q) in float32 (float64 for float64 factors).
+    (k, m, q) in float32 (float64 for float64 factors); Q and Ω may be of
+    lower precision.
     """
 
     def __init__(
@@ -56,6 +57,11 @@ class Accumulator:
         self.seconds = 0.0
         self.contributions = 0
 
+    @property
+    def test_bytes(self) -> int:
+        """Memory of Q or Ω."""
+        return sum(t.nbytes for t in (self.left, self.right) if t is not None)
+
     @torch.no_grad()
     def add_call(self, x: Tensor, delta: Tensor) -> None:
         """Add one call of the layer: input x, output gradient δ."""
@@ -67,10 +73,10 @@ class Accumulator:
                 for block, part in enumerate(d.chunk(k, dim=1) if k > 1 else (d,)):
                     into = self.value[block]
                     if self.left is not None:
-                        rows.scatter(into, part @ self.left[block])
+                        rows.scatter(into, part @ self.left[block].to(into.dtype))
                     elif self.right is not None:
                         right = self.right if self.right.dim() == 2 else self.right[block]
-                        into.addmm_(part.mT, rows.project(right))
+                        into.addmm_(part.mT, rows.project(right.to(into.dtype)))
                     else:
                         rows.scatter(into, part)
         self._count(began)
@@ -81,9 +87,9 @@ class Accumulator:
         began = time.perf_counter()
         G = self.layer.as_matrices(gradient).to(self.value.dtype)
         if self.left is not None:
-            self.value += G.mT @ self.left
+            self.value += G.mT @ self.left.to(G.dtype)
         elif self.right is not None:
-            self.value += G @ self.right
+            self.value += G @ self.right.to(G.dtype)
         else:
             self.value += G.mT
         self._count(began)

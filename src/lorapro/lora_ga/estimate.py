@@ -196,58 +196,78 @@ def sketch(
     for group in groups:
         tests = _TestVectors(seed)
         width = {id(x): _sketch_width(x, oversampling) for x in group}
-        seconds = dict.fromkeys(map(id, group), 0.0)
+        state = {id(x): _Sketched() for x in group}
 
-        sinks = [Accumulator(x, right=tests.get(x, width[id(x)])) for x in group]
-        capture(model, batches, loss, sinks, advance)
-        bases, probes, first_bytes = [], {}, {}
+        def run(sinks: list[Accumulator], state: dict[int, _Sketched] = state) -> list[Accumulator]:
+            capture(model, batches, loss, sinks, advance)
+            for sink in sinks:
+                _check_finite(sink)
+                held = state[id(sink.layer)]
+                held.seconds += sink.seconds
+                held.bytes = max(held.bytes, sink.value.nbytes + sink.test_bytes)
+            return sinks
+
+        sinks = run([Accumulator(x, right=tests.get(x, width[id(x)])) for x in group])
+        tests.made.clear()
         for sink in sinks:
-            _check_finite(sink)
-            Y, extra = sink.value.split([width[id(sink.layer)], PROBES], dim=-1)
-            bases.append(torch.linalg.qr(Y).Q)
-            probes[id(sink.layer)] = extra.clone()
-            first_bytes[id(sink.layer)] = sink.value.nbytes + bases[-1].nbytes
-        seconds = _add_seconds(seconds, sinks)
-        del tests, Y, extra
-
+            Y, probes = sink.value.split([width[id(sink.layer)], PROBES], dim=-1)
+            state[id(sink.layer)].probes = probes.clone()
+            sink.value = Y
         for power in range(power_passes + 1):
             if power:
-                sinks = [Accumulator(s.layer, right=torch.linalg.qr(s.value).Q) for s in sinks]
-                capture(model, batches, loss, sinks, advance)
-                bases = [torch.linalg.qr(s.value).Q for s in sinks]
-                seconds = _add_seconds(seconds, sinks)
-            sinks = [Accumulator(s.layer, left=Q) for s, Q in zip(sinks, bases, strict=True)]
-            capture(model, batches, loss, sinks, advance)
-            seconds = _add_seconds(seconds, sinks)
-
-        for sink, Q in zip(sinks, bases, strict=True):
-            _check_finite(sink)
-            layer = sink.layer
-            for block in range(layer.blocks):
-                began = time.perf_counter()
-                V, sigma, Wh = torch.linalg.svd(sink.value[block], full_matrices=False)
-                q = directions_wanted(layer)
-                inside = float(sigma.double().square().sum())
-                missed = probes[id(layer)][block]
-                missed = missed - Q[block] @ (Q[block].mT @ missed)
-                rest = missed.double().square().sum() / PROBES
-                consume(
-                    Directions(
-                        layer,
-                        block,
-                        Q[block] @ Wh[:q].mT,
-                        sigma[:q],
-                        V[:, :q],
-                        inside + float(rest) if sink.contributions else 0.0,
-                        None,
-                        seconds[id(layer)] / layer.blocks + time.perf_counter() - began,
-                        max(first_bytes[id(layer)], sink.value.nbytes + Q.nbytes + V.nbytes),
-                    )
-                )
+                sinks = run([Accumulator(x, right=P) for x, P in _next_tests(sinks)])
+            sinks = run([Accumulator(x, left=Q) for x, Q in _next_tests(sinks)])
+        while sinks:
+            sink = sinks.pop()
+            for block in range(sink.layer.blocks):
+                consume(_decomposed(sink, block, state[id(sink.layer)]))
 
 
-def _add_seconds(seconds: dict[int, float], sinks: Sequence[Accumulator]) -> dict[int, float]:
-    return {id(s.layer): seconds[id(s.layer)] + s.seconds for s in sinks}
+@dataclass
+class _Sketched:
+    """What is kept of one layer beside its sketch."""
+
+    probes: Tensor | None = None
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+def _next_tests(sinks: list[Accumulator]) -> list[tuple[AdaptedLayer, Tensor]]:
+    """Orthonormal bases of the sketches, which are given up on the way.
+
+    They are kept in bfloat16: a range finder may test with any vectors, and the last ones are made
+    orthonormal again as they are (:func:`_decomposed`).
+    """
+    tests = []
+    while sinks:
+        sink = sinks.pop(0)
+        tests.append((sink.layer, torch.linalg.qr(sink.value).Q.to(torch.bfloat16)))
+    return tests
+
+
+def _decomposed(sink: Accumulator, block: int, held: _Sketched) -> Directions:
+    """From ``Z = Gᵀ·T`` to singular directions: with ``T = Q·R``, ``Gᵀ·Q = Z·R⁻¹``."""
+    began = time.perf_counter()
+    layer = sink.layer
+    assert sink.left is not None
+    assert held.probes is not None
+    Q, R = torch.linalg.qr(sink.left[block].to(sink.value.dtype))
+    Z = torch.linalg.solve_triangular(R, sink.value[block], upper=True, left=False)
+    V, sigma, Wh = torch.linalg.svd(Z, full_matrices=False)
+    q = directions_wanted(layer)
+    missed = held.probes[block] - Q @ (Q.mT @ held.probes[block])
+    energy = sigma.double().square().sum() + missed.double().square().sum() / PROBES
+    return Directions(
+        layer,
+        block,
+        Q @ Wh[:q].mT,
+        sigma[:q],
+        V[:, :q],
+        float(energy) if sink.contributions else 0.0,
+        None,
+        held.seconds / layer.blocks + time.perf_counter() - began,
+        max(held.bytes, sink.value.nbytes + sink.test_bytes + Q.nbytes + Z.nbytes + V.nbytes),
+    )
 
 
 def _sketch_width(layer: AdaptedLayer, oversampling: int | None) -> int:

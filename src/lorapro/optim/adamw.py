@@ -5,6 +5,7 @@ Shape letters: m, n rows and columns of W; r rank; k pairs stacked by shape.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,8 @@ from lorapro.optim.stacking import Bucket, aligned_gradients, buckets, plain_gra
 from lorapro.optim.tangent import TangentOptimizer, left_right
 
 __all__ = ["MODES", "LoraProAdamW"]
+
+logger = logging.getLogger(__name__)
 
 MODES = ("efficient", "full", "factored")
 ROWS, COLUMNS = "row_means", "column_means"
@@ -95,20 +98,24 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         check_choice("mode", param_group.get("mode", self.defaults["mode"]), MODES)
         super().add_param_group(param_group)
 
-    def _adopt_bases(self, group: dict[str, Any], bases: list[Any]) -> None:
-        if group["mode"] != "full" or not group["weight_decay"]:
-            return
-        for name, base in zip(group["names"], bases, strict=False):
+    def bases_to_move(self, group: dict[str, Any], bases: list[Any]) -> list[Any]:
+        """In full mode with weight decay: the base weight of every pair (Eq. 58)."""
+        mode, decay = (group.get(k, self.defaults[k]) for k in ("mode", "weight_decay"))
+        if group["role"] != PAIRS or mode != "full" or not decay:
+            return []
+        for name, base in zip(group["names"], bases, strict=True):
             if base is None:
                 raise ValueError(
                     f"weight decay in full mode scales the base weight (Eq. 58), but that of "
-                    f"{name!r} is missing or quantized; use weight_decay=0 or mode='efficient'."
+                    f"{name!r} cannot be scaled (none was given, or it is quantized or made anew "
+                    "in every forward pass); use weight_decay=0 or mode='efficient'."
                 )
+        logger.warning(
+            "full mode with weight decay changes the base weights, which an adapter saved alone "
+            "does not carry: save the merged model (lorapro.save_merged)."
+        )
         known = {id(p) for g in self.param_groups if g["role"] == BASE for p in g["params"]}
-        fresh = list({id(base): base for base in bases if id(base) not in known}.values())
-        if fresh:
-            options = {k: group[k] for k in self.defaults}
-            self.add_param_group({"params": fresh, "role": BASE, **options})
+        return list({id(base): base for base in bases if id(base) not in known}.values())
 
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""

@@ -58,13 +58,15 @@ class PairOptimizer(Optimizer):
         lr = group.get("lr", self.defaults["lr"])
         if not lr > 0:
             raise ValueError(f"lr is {lr}, expected a positive learning rate.")
-        bases = group.pop("bases", None)
+        moved = self.bases_to_move(group, group.pop("bases", []))
         super().add_param_group(group)
-        if group["role"] == PAIRS:
-            self._adopt_bases(group, bases or [])
+        if moved:
+            options = {k: group[k] for k in self.defaults}
+            super().add_param_group({"params": moved, "role": BASE, **options})
 
-    def _adopt_bases(self, group: dict[str, Any], bases: list[Any]) -> None:
-        """Hook for optimizers that also move the base weights."""
+    def bases_to_move(self, group: dict[str, Any], bases: list[Any]) -> list[Any]:
+        """Base weights that a new group of pairs makes this optimizer decay: none, as a rule."""
+        return []
 
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""

@@ -169,7 +169,7 @@ def test_a_quantized_base_is_no_base(dtype):
     first, second = find_pairs(model).pairs
     assert first.base is None
     assert second.base is model.base_model.model[2].base_layer.weight
-    with pytest.raises(ValueError, match=r"'base_model\.model\.0' is missing or quantized"):
+    with pytest.raises(ValueError, match=r"'base_model\.model\.0' cannot be scaled"):
         lorapro.create_lorapro_optimizer(model, mode="full", weight_decay=0.1)
 
 

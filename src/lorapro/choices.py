@@ -5,7 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["check_choice"]
+__all__ = ["check_choice", "nearest_hint"]
+
+
+def nearest_hint(name: str, choices: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the choice nearest to ``name``, or ``""``.
+
+    >>> nearest_hint("lora-por", ["full", "lora-pro"])
+    " (did you mean 'lora-pro'?)"
+    """
+    found = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def check_choice(kind: str, value: str, choices: Iterable[str]) -> str:
@@ -24,6 +34,5 @@ def check_choice(kind: str, value: str, choices: Iterable[str]) -> str:
     known = list(choices)
     if value in known:
         return value
-    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    hint = nearest_hint(value, known)
     raise ValueError(f"unknown {kind} {value!r}{hint}; expected one of: {', '.join(known)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from lorapro.choices import nearest_hint
 
 __all__ = ["UserError", "check_name", "nearest_hint"]
 
@@ -14,18 +15,6 @@ class UserError(Exception):
     The command line prints it as ``lorapro: error: ...`` and exits with status 2, without a
     traceback. Raise it before anything has been written.
     """
-
-
-def nearest_hint(name: str, choices: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the choice nearest to ``name``, or ``""``.
-
-    >>> nearest_hint("lora-por", ["full", "lora-pro"])
-    " (did you mean 'lora-pro'?)"
-    """
-    known = list(choices)
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    found = found or [choice for choice in known if name and choice.startswith(name)]
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def check_name(kind: str, name: str, choices: Iterable[str]) -> str:

@@ -20,10 +20,10 @@ Adam, whose first step is a sign, the post states Eq. (loss-adam)::
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from torch import Tensor
+
+from lorapro.choices import check_choice
 
 __all__ = [
     "DIRECTIONS",
@@ -43,19 +43,6 @@ OBJECTIVES = ("gradient", "sign", "adam")
 
 # Fractions of the way to the least-squares solution that the line search tries, largest first.
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.03)
-
-
-def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return ``value`` if it is one of ``choices``; else ``ValueError`` with the nearest name.
-
-    >>> check_choice("scale", "gd", SCALES)
-    'gd'
-    """
-    if value in choices:
-        return value
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{what} is {value!r}, expected one of {', '.join(map(repr, choices))}.{hint}")
 
 
 def split_directions(

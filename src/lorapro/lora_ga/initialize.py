@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lorapro.choices import check_choice
 from lorapro.factors import adapters_of, from_A, from_B
 from lorapro.lora_ga import decompose
 from lorapro.lora_ga.capture import Loss, quiet
-from lorapro.lora_ga.decompose import check_choice
 from lorapro.lora_ga.estimate import ESTIMATORS, Directions, exact, passes_needed, sketch
 from lorapro.lora_ga.initial import BASES, attach, check_can_attach, initial_of
 from lorapro.lora_ga.layers import AdaptedLayer, adapted_layers, resolve_adapter

@@ -230,7 +230,7 @@ def test_bad_input(tiny):
     refused("did you mean 'ArB2r'", direction="ArB2")
     refused("did you mean 'stable'", scale="stabel")
     refused("did you mean 'gradient'", objective="gradients")
-    refused("estimator is 'sketched'", estimator="sketched")
+    refused("unknown estimator 'sketched'", estimator="sketched")
     refused("did you mean 'frozen'", base="froze")
     refused("gamma is 0", gamma=0)
     refused("layers_per_pass is 0", layers_per_pass=0)

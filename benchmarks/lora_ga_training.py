@@ -47,6 +47,7 @@ STARTS: dict[str, Callable[..., Any]] = {
     "lora": plain,
     "lora-ga, gradient": ours(),
     "lora-ga, gradient, sketch": ours(estimator="sketch"),
+    "lora-ga, gradient, gamma 256": ours(gamma=256.0),
     "lora-ga, sign": ours(objective="sign"),
     "lora-ga, adam": ours(objective="adam"),
     "peft lora_ga": peft,

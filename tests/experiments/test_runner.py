@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from lorapro.cli.main import main
 from lorapro.experiments.config import build_config
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.methods import METHODS
@@ -100,6 +101,38 @@ def test_an_interrupted_run_goes_on_to_the_same_end(classify, tmp_path, method):
         assert parts[split] == whole[split]
     losses = [[row["train_loss"] for row in curve(tmp_path / n)] for n in ("whole", "parts")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora-ga+lora-pro-muon"])
+def test_a_lora_ga_run_and_its_checkpoint_are_exported_for_the_original_base(
+    classify, tiny_bert, tmp_path, method
+):
+    values = {**classify, "method": method, "save_strategy": "steps", "save_steps": 3}
+    config = build_config({**values, "learning_rate": 1e-2})
+    result = run(config)
+    task = make_task(config)
+    for source in ("", "checkpoint-6", "adapter"):
+        out = tmp_path / f"out-{source}"
+        assert main(["export", str(config.folder / source), str(out)]) == 0
+        base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+        model = PeftModel.from_pretrained(base, out).eval()
+        with torch.no_grad():
+            loss = model(**task.collator()(task.test)).loss
+        assert float(loss) == pytest.approx(result["test"]["loss"], abs=1e-5), source
+
+
+def test_the_standard_error_is_that_of_the_mean_cross_entropy(classify):
+    config = build_config({**classify, "method": "lora"})
+    result = run(config)
+    task = make_task(config)
+    base = AutoModelForSequenceClassification.from_pretrained(config.experiment.model, num_labels=3)
+    model = PeftModel.from_pretrained(base, config.folder / "adapter").eval()
+    batch = task.collator()(task.test)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+    want = float(losses.std(correction=0)) / len(losses) ** 0.5
+    assert result["test"]["loss_standard_error"] == pytest.approx(want, rel=1e-4)
 
 
 def snapshot(folder):

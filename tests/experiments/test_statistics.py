@@ -24,6 +24,9 @@ def test_a_gap_within_noise_is_none():
     assert gap_between([0.72, 0.75], [0.66, 0.60]).exists is False  # two seeds say little
     assert gap_between([0.72, 0.75, 0.73, 0.74], [0.62, 0.65, 0.63, 0.63]).exists is True
     assert gap_between([0.7], [0.6]).noise is None
+    assert gap_between([0.7], [0.6], (0.03, 0.04)).noise == pytest.approx(1.96 * 0.05)
+    assert gap_between([0.7], [0.6], (0.03, 0.04)).exists is True
+    assert gap_between([0.7], [0.61], (0.03, 0.04)).exists is False
     assert gap_between([0.6], [0.7]).exists is False
 
 

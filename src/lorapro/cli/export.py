@@ -48,14 +48,14 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError("--rank is for an adapter; a merged model (--merged) has no rank")
 
     from lorapro.cli.common import quiet_libraries
-    from lorapro.experiments.restore import _any_model
+    from lorapro.experiments.restore import load_any
     from lorapro.export import save_merged, save_portable
     from lorapro.lora_ga import load_initial
 
     quiet_libraries()
     initial = _initial_folder(target, known.initial)
     flags = [] if known.model is None else ["--model", known.model]
-    model = _any_model(target, flags, report_line)
+    model = load_any(target, flags, report_line)
     try:
         if initial is not None:
             layers = load_initial(model, initial)
@@ -70,6 +70,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _initial_folder(target: Path, given: str | None) -> Path | None:
+    from lorapro.experiments import folders
     from lorapro.lora_ga.initial import INITIAL_FILE
 
     if given is not None:
@@ -77,11 +78,17 @@ def _initial_folder(target: Path, given: str | None) -> Path | None:
             raise UserError(f"{given} has no {INITIAL_FILE}")
         return Path(given)
     resolved = target.resolve()
-    for folder in (resolved, resolved / "adapter", resolved.parent, resolved.parent.parent):
+    around = (resolved, resolved / folders.ADAPTER, resolved.parent, resolved.parent.parent)
+    for folder in around:
         if (folder / INITIAL_FILE).is_file():
             return folder
     method = _method_of(resolved)
     if method.startswith("lora-ga"):
+        if (resolved / folders.ADAPTER).is_dir() or resolved.name == folders.ADAPTER:
+            return None  # a finished run has saved it for the original base already
+        for folder in around:
+            if (folder / folders.INITIAL / INITIAL_FILE).is_file():
+                return folder / folders.INITIAL
         raise UserError(
             f"{target} was trained with {method!r}, but no {INITIAL_FILE} lies beside it; give the "
             "folder that holds it with --initial"

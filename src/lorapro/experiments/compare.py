@@ -188,6 +188,7 @@ def summarize_runs(comparison: Comparison, results: Results, metric: str | None)
                 "learning_rates": list(entry.learning_rates),
                 "test_losses": [r["test"]["loss"] for r in runs],
                 "test_loss": asdict(summarize([r["test"]["loss"] for r in runs])),
+                "test_loss_error": runs[0]["test"].get("loss_standard_error"),
                 "validation_loss": asdict(summarize([_validation(r) for r in runs])),
                 "metric": asdict(summarize(metrics)) if metrics else None,
                 "trainable_parameters": runs[0]["trainable_parameters"],
@@ -224,7 +225,8 @@ def _close_gap(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     if BASELINE not in by_label or TARGET not in by_label:
         return None
     low, high = by_label[BASELINE]["test_losses"], by_label[TARGET]["test_losses"]
-    gap = gap_between(low, high)
+    errors = (by_label[BASELINE]["test_loss_error"], by_label[TARGET]["test_loss_error"])
+    gap = gap_between(low, high, None if None in errors else errors)
     start, end = statistics.fmean(low), statistics.fmean(high)
     for row in rows:
         inner = row["label"] not in (BASELINE, TARGET)

@@ -15,6 +15,7 @@ from lorapro.experiments.errors import UserError
 __all__ = [
     "ADAPTER",
     "CONFIG",
+    "INITIAL",
     "MERGED",
     "MODEL",
     "PREDICTIONS",
@@ -30,6 +31,7 @@ __all__ = [
 
 CONFIG, RESULT, CURVE, PREDICTIONS = "config.yaml", "result.json", "curve.csv", "predictions.jsonl"
 ADAPTER, MODEL, MERGED = "adapter", "model", "merged"
+INITIAL = "initial"  # LoRA-GA's first factors, which the checkpoints need beside them
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

@@ -71,7 +71,8 @@ def notes(summary: dict[str, Any]) -> list[str]:
             )
         else:
             verdict = "" if gap["exists"] else ": no gap beyond noise"
-            lines.append(f"{size}, 95 % interval ± {gap['noise']:.4f}{verdict}.")
+            of = "over seeds" if seeds > 1 else "from the size of the test set; seeds add to it"
+            lines.append(f"{size}, 95 % interval ± {gap['noise']:.4f} ({of}){verdict}.")
     lines += [f"Warning: {line}." for line in summary["warnings"]]
     return lines
 

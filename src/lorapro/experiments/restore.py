@@ -14,7 +14,7 @@ from lorapro.experiments.errors import UserError
 from lorapro.experiments.model_building import build_model, count_parameters
 from lorapro.experiments.tasks import Task
 
-__all__ = ["describe_target", "evaluate_target", "load_trained"]
+__all__ = ["describe_target", "evaluate_target", "load_any", "load_trained"]
 
 Log = Callable[[str], None]
 ADAPTER_CONFIG = "adapter_config.json"
@@ -123,7 +123,7 @@ def describe_target(
     """
     from lorapro.factors import find_pairs
 
-    model = _any_model(Path(target), flags, log)
+    model = load_any(Path(target), flags, log)
     found = find_pairs(model)
     if not found.pairs and not found.unaligned:
         raise UserError(f"{target}: the model has no trainable LoRA pair to show")
@@ -154,7 +154,12 @@ def describe_target(
     }
 
 
-def _any_model(target: Path, flags: Sequence[str], log: Log | None) -> Any:
+def load_any(target: Path, flags: Sequence[str], log: Log | None) -> Any:
+    """Model of a run, a checkpoint, an adapter or a config, its adapter trainable.
+
+    Raises:
+        UserError: nothing there, or no adapter.
+    """
     from lorapro.experiments.runner import make_task
 
     if not target.exists():

@@ -22,6 +22,7 @@ from lorapro.experiments.methods import METHODS
 from lorapro.experiments.model_building import build_model, check_optimizer, count_parameters
 from lorapro.experiments.tasks import TASKS, Task
 from lorapro.export import save_portable
+from lorapro.lora_ga import save_initial
 
 __all__ = ["make_task", "make_trainer", "run"]
 
@@ -98,8 +99,9 @@ def run(
 
     The output folder gets ``config.yaml``, Trainer's checkpoints, ``curve.csv``, the ``adapter``
     (or ``model``; both the adapter and a ``merged`` model where the base weights changed too) and,
-    written last, ``result.json``. A finished run is not repeated; an interrupted one goes on from
-    its last checkpoint.
+    written last, ``result.json``. An adapter that did not start at ``B·A = 0`` is saved for the
+    original base. A finished run is not repeated; an interrupted one goes on from its last
+    checkpoint.
 
     Args:
         config: what to run.
@@ -126,6 +128,8 @@ def run(
     if checkpoint is None and folder.is_dir():
         folders.clear(folder)
     folders.claim(config)
+    if METHODS[config.experiment.method].init is not None:
+        save_initial(model, folder / folders.INITIAL)
 
     clock = StepClock(on_step)
     trainer = make_trainer(config, task, model, optimizer, [clock])

@@ -54,8 +54,8 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
 class Gap:
     """Loss of the baseline minus loss of the target, and how sure its sign is.
 
-    ``noise`` is the half-width of the difference's 95 % t-interval over seeds, ``None`` when one
-    seed gives no estimate.
+    ``noise`` is the half-width of the difference's 95 % interval: a t-interval over seeds; with one
+    seed what the size of the test set alone leaves open; ``None`` where neither is known.
     """
 
     size: float
@@ -67,15 +67,23 @@ class Gap:
         return self.size > (self.noise or 0.0)
 
 
-def gap_between(baseline: Sequence[float], target: Sequence[float]) -> Gap:
+def gap_between(
+    baseline: Sequence[float],
+    target: Sequence[float],
+    errors: tuple[float, float] | None = None,
+) -> Gap:
     """Return the gap between two methods' losses, one value a seed, seeds in the same order.
+
+    ``errors`` are the standard errors of the two losses as means over the test set, used when one
+    seed is all there is; taken as independent, which makes the interval too wide rather than too
+    narrow.
 
     With as many seeds on both sides the standard error is that of the paired differences: the
     seeds share their data order and initial head, which moves both methods together.
     """
     size = statistics.fmean(baseline) - statistics.fmean(target)
     if min(len(baseline), len(target)) < 2:
-        return Gap(size, None)
+        return Gap(size, None if errors is None else 1.96 * math.hypot(*errors))
     if len(baseline) == len(target):
         differences = [b - t for b, t in zip(baseline, target, strict=True)]
         error = statistics.stdev(differences) / math.sqrt(len(differences))

@@ -152,7 +152,7 @@ class Tweets(Classification):
 
 
 def classification_metrics(prediction: Any) -> dict[str, float]:
-    """Accuracy and macro F1 of Trainer's ``EvalPrediction``."""
+    """Accuracy, macro F1, and the standard error that the sample size gives the mean loss."""
     import numpy as np
 
     logits = prediction.predictions
@@ -162,4 +162,11 @@ def classification_metrics(prediction: Any) -> dict[str, float]:
     for label in np.unique(truth):
         hits = float(np.sum((guess == label) & (truth == label)))
         scores.append(2 * hits / float(np.sum(guess == label) + np.sum(truth == label)))
-    return {"accuracy": float(np.mean(guess == truth)), "macro_f1": float(np.mean(scores))}
+    shifted = np.asarray(logits, dtype=np.float64)
+    shifted = shifted - shifted.max(-1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, truth[:, None], 1)[:, 0]
+    return {
+        "accuracy": float(np.mean(guess == truth)),
+        "macro_f1": float(np.mean(scores)),
+        "loss_standard_error": float(np.std(losses) / len(losses) ** 0.5),
+    }

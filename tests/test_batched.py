@@ -66,6 +66,43 @@ def test_aligned_steps_are_those_of_the_exact_path(r, x):
             assert float((have - exact).norm()) <= 1e-2 * float(exact.norm()), pair.name
 
 
+@pytest.mark.parametrize("cond", [3.0, 10.0, 30.0, 150.0])
+@pytest.mark.parametrize("r", [4, 16, 32])
+def test_both_factors_of_high_condition(r, cond):
+    generator = torch.Generator().manual_seed(r)
+    pairs = [a_pair(str(i), 48, 40, r, cond, 10.0 ** (i - 2), generator) for i in range(4)]
+    for pair in pairs:
+        like = a_pair("", 40, 48, r, cond, 1.0, generator)
+        with torch.no_grad():
+            pair.A.copy_(like.B.T)
+        feed_dense_gradient(pair, torch.randn(pair.shape, generator=generator))
+    group = lorapro.lora_param_groups(None, pairs=pairs)[0]
+    params, directions = lorapro.optim.stacking.aligned_gradients(group, "sylvester")
+    taken = {id(p): d.double() for p, d in zip(params, directions, strict=True)}
+    for pair in pairs:
+        parts = (t.detach().double() for t in (pair.A, pair.B, pair.A.grad, pair.B.grad))
+        for p, exact in zip((pair.A, pair.B), F.align(*parts, pair.scaling), strict=True):
+            assert float((taken[id(p)] - exact).norm()) <= 1e-2 * float(exact.norm())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_pair_steps_the_same_whatever_its_neighbours(bad):
+    def run(spoil):
+        generator = torch.Generator().manual_seed(0)
+        pairs = [a_pair(str(i), 12, 10, 4, (2.0, 150.0, 3.0)[i], 0.5, generator) for i in range(3)]
+        optimizer = lorapro.LoraProAdamW(lorapro.lora_param_groups(None, pairs=pairs), lr=1e-2)
+        for step in range(4):
+            for i, pair in enumerate(pairs):
+                feed_dense_gradient(pair, torch.randn(pair.shape, generator=generator))
+                if spoil and i == 1 and step == 1:
+                    pair.A.grad = pair.A.grad * (10.0 if bad is None else bad)
+            optimizer.step()
+        return [p.detach() for i in (0, 2) for p in (pairs[i].A, pairs[i].B)]
+
+    for a, b in zip(run(False), run(True), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_large_stacks_are_stepped_in_parts(monkeypatch):
     from lorapro.optim import stacking
 

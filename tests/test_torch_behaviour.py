@@ -313,7 +313,7 @@ def test_a_frozen_factor_stays_and_its_partner_takes_the_whole_answer():
 def test_bad_arguments_are_told_at_once():
     model = mlp(torch.float32)
     groups = lorapro.lora_param_groups(model)
-    for lr in (0.0, -1e-3, float("nan")):
+    for lr in (0.0, -1e-3, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="lr is"):
             lorapro.LoraProAdamW(groups, lr=lr)
     with pytest.raises(ValueError, match="'ful'.*did you mean 'full'"):
@@ -339,6 +339,22 @@ def test_a_state_for_other_pairs_is_refused():
     other = create(mlp(torch.float32, target_modules=["0", "2", "4"], modules_to_save=None), "sgd")
     with pytest.raises(ValueError, match="belongs to other parameters"):
         other.load_state_dict(saved)
+
+
+def test_a_state_of_another_rule_is_refused_and_torchs_adamw_is_taken_on():
+    model = mlp(torch.float32)
+    optimizer = create(model, "efficient")
+    train(model, optimizer, 1)
+    for kind in ("full", "factored", "muon", "sgd"):
+        with pytest.raises(ValueError, match="AdamW, mode 'efficient', this optimizer runs"):
+            create(model, kind).load_state_dict(optimizer.state_dict())
+    groups = [g["params"] for g in optimizer.param_groups]
+    adamw = torch.optim.AdamW([{"params": params} for params in groups], lr=1e-3)
+    train(model, adamw, 1)
+    resumed = create(model, "efficient")
+    resumed.load_state_dict(adamw.state_dict())
+    train(model, resumed, 1)
+    assert int(resumed.state[groups[0][0]]["step"]) == 2
 
 
 def test_decay_of_a_base_that_cannot_be_scaled_is_refused():

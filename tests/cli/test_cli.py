@@ -68,6 +68,10 @@ def test_bad_input_is_one_line_and_writes_nothing(classify, tmp_path, capsys, mo
     path = str(write_yaml(tmp_path / "c.yaml", classify))
     cases = [
         (["train", path, "--method", "lora-prof"], "did you mean 'lora-pro'"),
+        (["train", path, "--max_steps", "0"], "max_steps must be at least 1"),
+        (["train", path, "--per_device_train_batch_size", "0"], "must be at least 1, found 0"),
+        (["train", path, "--learning_rate", "inf"], "positive and finite"),
+        (["train", path, "--output_dir", f"{path}/sub"], "cannot make the folder"),
         (["train", path, "--x", "simmetric"], "did you mean 'symmetric'"),
         (["train", path, "--learning_rate", "0"], "learning_rate must be positive"),
         (["train", path, "--rnk", "4"], "did you mean 'rank'"),

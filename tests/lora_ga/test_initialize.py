@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lorapro import lora_ga
@@ -213,6 +214,25 @@ def test_get_lora_ga_model(tiny):
         lora_ga.get_lora_ga_model(tiny.llama(), LoraConfig(r=2, init_lora_weights="pissa"), batches)
 
 
+@pytest.mark.parametrize("options", [{}, {"layers_per_pass": 1}, {"estimator": "sketch"}])
+def test_a_layer_outside_the_loss_keeps_its_start(options):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.used(x)
+
+    torch.manual_seed(0)
+    model = get_peft_model(Two(), LoraConfig(r=1, target_modules=["used", "idle"]))
+    x = torch.randn(4, 6)
+    report = lora_ga.initialize(model, [x], lambda m, b: m(b).square().mean(), **options)
+    notes = {row.name.rsplit(".", 1)[-1]: row.note for row in report.layers}
+    assert "no gradient reached it" in notes["idle"]
+    assert notes["used"] == ""
+
+
 def test_bad_input(tiny):
     batches = tiny.batches()
     model = tiny.adapted(tiny.llama())
@@ -225,6 +245,7 @@ def test_bad_input(tiny):
             assert torch.equal(value, weights[name]), name
         assert all(p.grad is None for p in model.parameters())
 
+    refused("batches is a int", 3)
     refused("batches is empty", [])
     refused("batches is empty", iter(()))
     refused("did you mean 'ArB2r'", direction="ArB2")

@@ -254,6 +254,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+
+
 def build_config(values: Mapping[str, Any], flags: Sequence[str] = ()) -> Config:
     """Check ``values`` overridden by command-line ``flags`` and build the dataclasses.
 
@@ -285,8 +292,13 @@ def build_config(values: Mapping[str, Any], flags: Sequence[str] = ()) -> Config
     experiment = ExperimentArguments(**{k: v for k, v in given.items() if k in ours})
     experiment.check()
     rate = given.setdefault("learning_rate", METHODS[experiment.method].learning_rate)
-    if not rate > 0:
-        raise UserError(f"learning_rate must be positive, found {rate:g}")
+    if not 0 < rate < float("inf"):
+        raise UserError(f"learning_rate must be positive and finite, found {rate:g}")
+    for key in _AT_LEAST_ONE:
+        if given.get(key, 1) < 1:
+            raise UserError(f"{key} must be at least 1, found {given[key]}")
+    if given.get("max_steps", -1) == 0:
+        raise UserError("max_steps must be at least 1 (or -1 for num_train_epochs), found 0")
     if (seed := given.get("seed", 0)) < 0:
         raise UserError(f"seed must not be negative, found {seed}")
     arguments = {**TRAINING_DEFAULTS, **{k: v for k, v in given.items() if k in theirs}}

@@ -93,11 +93,18 @@ def clear_checkpoints(folder: Path) -> None:
 
 
 def claim(config: Config) -> Path:
-    """Make the output folder this run's: write its config there. Returns the folder."""
+    """Make the output folder this run's: write its config there. Returns the folder.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
     import yaml
 
     folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     values = {k: v for k, v in config.given.items() if k != "overwrite"}
     text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True)
     write_text(folder / CONFIG, f"# lorapro train {CONFIG}\n{text}")

@@ -256,7 +256,7 @@ def capture(
         advance: called after each batch.
 
     Raises:
-        ValueError: a loss that is missing, not a scalar, not finite or without a gradient.
+        ValueError: a loss that is missing, not a scalar or not finite.
     """
     with ExitStack() as stack:
         for sink in sinks:
@@ -264,7 +264,8 @@ def capture(
         for number, batch in enumerate(batches):
             with torch.enable_grad():
                 value = _loss_of(model, batch, loss, number)
-                value.backward()
+                if value.requires_grad:  # else none of the layers of this pass takes part
+                    value.backward()
             if advance is not None:
                 advance()
     _to_mean(sinks, len(batches))
@@ -293,11 +294,6 @@ def _loss_of(model: nn.Module, batch: Any, loss: Loss | None, number: int) -> Te
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the loss of {where} is no scalar tensor: found {found}.")
-    if not value.requires_grad:
-        raise ValueError(
-            f"the loss of {where} has no gradient: it does not depend on any adapted layer, or was "
-            "detached (torch.no_grad, .item(), .detach())."
-        )
     if not torch.isfinite(value.detach()).all():
         raise ValueError(
             f"the loss of {where} is {float(value.detach())}: expected a finite number (is every "

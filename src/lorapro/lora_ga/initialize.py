@@ -141,6 +141,8 @@ def initialize(
     obstacles = check_can_attach(layers, model, base)
     if obstacles:
         raise ValueError("; ".join(obstacles[:3]) + (" ..." if len(obstacles) > 3 else ""))
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches is a {type(batches).__name__}, expected an iterable of batches.")
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty; expected at least one batch to take a gradient of.")

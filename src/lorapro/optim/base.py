@@ -34,9 +34,7 @@ class PairOptimizer(Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        lr = defaults["lr"]
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}, expected a positive learning rate.")
+        _check_lr(defaults["lr"])
         if not defaults["weight_decay"] >= 0:
             raise ValueError(f"weight_decay is {defaults['weight_decay']}, expected 0 or more.")
         super().__init__(params, defaults)
@@ -55,9 +53,7 @@ class PairOptimizer(Optimizer):
         group = dict(param_group)
         group.setdefault("role", PLAIN)
         check_choice("x", group.get("x", self.defaults["x"]), X_CHOICES)
-        lr = group.get("lr", self.defaults["lr"])
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}, expected a positive learning rate.")
+        _check_lr(group.get("lr", self.defaults["lr"]))
         moved = self.bases_to_move(group, group.pop("bases", []))
         super().add_param_group(group)
         if moved:
@@ -129,6 +125,13 @@ class PairOptimizer(Optimizer):
                     + (differ[0] if differ else "their numbers differ")
                     + ". Load it into an optimizer built for the same model and adapter."
                 )
+        if state_dict["state"]:
+            for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+                if group["role"] == PAIRS and _rule(saved) != _rule(group):
+                    raise ValueError(
+                        f"the saved state is that of {_rule(saved)}, this optimizer runs "
+                        f"{_rule(group)}; build the same optimizer to go on from it."
+                    )
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, live, strict=True):
             group.update(own)
@@ -145,3 +148,17 @@ class PairOptimizer(Optimizer):
             if group["role"] == BASE:
                 for p in group["params"]:
                     self.state.pop(p, None)
+
+
+def _rule(group: dict[str, Any]) -> str:
+    """Which rule keeps the state of a group of pairs; torch's own AdamW and SGD are known too."""
+    if "mode" in group:
+        return f"AdamW, mode {group['mode']!r}"
+    if "betas" in group:
+        return "Muon" if "momentum" in group else "AdamW, mode 'efficient'"
+    return "SGD"
+
+
+def _check_lr(lr: Any) -> None:
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr is {lr}, expected a positive finite learning rate.")

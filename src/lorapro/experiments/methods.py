@@ -6,7 +6,7 @@ Adding one is one :class:`Method` in :data:`METHODS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -113,38 +113,23 @@ METHODS: dict[str, Method] = {
             adapter=RANK_STABILIZED,
             init=lora_ga,
         ),
-        Method(
-            "lora-ga+lora-pro",
-            "LoRA-GA's start, then LoRA-Pro, efficient mode",
-            1e-4,
-            adapter=RANK_STABILIZED,
-            init=lora_ga,
-            optimizer=aligned(mode="efficient"),
-        ),
-        Method(
-            "lora-ga+lora-pro-full",
-            "LoRA-GA's start, then LoRA-Pro, full mode",
-            3e-4,
-            adapter=RANK_STABILIZED,
-            init=lora_ga,
-            optimizer=aligned(mode="full"),
-            changes_base="decay",
-        ),
-        Method(
-            "lora-ga+lora-pro-factored",
-            "LoRA-GA's start, then AdamW on the tangent space",
-            3e-4,
-            adapter=RANK_STABILIZED,
-            init=lora_ga,
-            optimizer=aligned(mode="factored"),
-        ),
-        Method(
-            "lora-ga+lora-pro-muon",
-            "LoRA-GA's start, then Muon on the tangent space",
-            2e-3,
-            adapter=RANK_STABILIZED,
-            init=lora_ga,
-            optimizer=aligned("muon"),
-        ),
     )
+}
+
+# Every optimizer of ours also from LoRA-GA's start; efficient mode wants a smaller rate there.
+_FROM_LORA_GA = {
+    "lora-pro": 1e-4,
+    "lora-pro-full": 3e-4,
+    "lora-pro-factored": 3e-4,
+    "lora-pro-muon": 2e-3,
+}
+METHODS |= {
+    f"lora-ga+{name}": replace(
+        METHODS[name],
+        name=f"lora-ga+{name}",
+        about=f"LoRA-GA's start, then {METHODS[name].about}",
+        learning_rate=rate,
+        init=lora_ga,
+    )
+    for name, rate in _FROM_LORA_GA.items()
 }

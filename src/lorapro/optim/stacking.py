@@ -54,19 +54,17 @@ class Bucket(NamedTuple):
 
     def unstack_A(self, d: Tensor) -> list[Tensor]:
         """(k, r, n) back to tensors like each A, in its dtype."""
-        d = d.to(self.params_A[0].dtype)
-        if self.layout == "matrix" and self.params_A[0].dim() == 2:
-            return list(d.unbind())
-        parts = d.split(self.blocks)
-        return [from_A(part, A) for part, A in zip(parts, self.params_A, strict=True)]
+        return self._unstack(d, self.params_A, from_A)
 
     def unstack_B(self, d: Tensor) -> list[Tensor]:
         """(k, m, r) back to tensors like each B, in its dtype."""
-        d = d.to(self.params_B[0].dtype)
-        if self.layout == "matrix" and self.params_B[0].dim() == 2:
-            return list(d.unbind())
-        parts = d.split(self.blocks)
-        return [from_B(part, B, self.layout) for part, B in zip(parts, self.params_B, strict=True)]
+        return self._unstack(d, self.params_B, lambda part, B: from_B(part, B, self.layout))
+
+    def _unstack(self, d: Tensor, like: list[Tensor], back: Any) -> list[Tensor]:
+        d = d.to(like[0].dtype)
+        if self.layout == "matrix" and like[0].dim() == 2:
+            return list(d.unbind())  # stored as they are, without a view for each
+        return [back(part, p) for part, p in zip(d.split(self.blocks), like, strict=True)]
 
     def by_parameter(
         self, d_A: Tensor | None, d_B: Tensor | None

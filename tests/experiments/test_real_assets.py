@@ -10,6 +10,7 @@ import torch
 
 from lorapro.experiments.assets import fetch
 from lorapro.experiments.config import build_config
+from lorapro.experiments.data import load_rows
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.evaluation import generate, left_pad
 from lorapro.experiments.runner import make_task
@@ -34,6 +35,21 @@ def test_tweets_are_split_with_their_labels_in_proportion():
     assert counts[0] > counts[1] > counts[2] > 150
     model = task.load_model()
     assert sum(p.numel() for p in model.parameters()) == 22_713_216 + 3 * 384 + 3
+
+
+def test_bbc_news_holds_every_article_of_the_five_topics():
+    fetched("bbc-news")
+    rows = load_rows("bbc-news")["train"]
+    assert Counter(row["label"] for row in rows) == {
+        "business": 510,
+        "entertainment": 386,
+        "politics": 417,
+        "sports": 511,
+        "tech": 401,
+    }
+    assert all("\n" in row["text"] for row in rows)  # a title line and a body
+    assert rows[0]["text"].startswith("Ad sales boost Time Warner profit\n")
+    assert not any("\ufffd" in row["text"] or "\u00c2" in row["text"] for row in rows)
 
 
 QUESTIONS = [

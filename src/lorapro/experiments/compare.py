@@ -31,6 +31,7 @@ NOT_OF_THE_TASK = {
     "x",
     "rank",
     "alpha",
+    "gamma",
     "lora_dropout",
     "target_modules",
     "overwrite",

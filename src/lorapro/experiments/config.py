@@ -111,6 +111,9 @@ class ExperimentArguments:
     x: str = field(default="sylvester", metadata={"help": "LoRA-Pro: zero, sylvester, symmetric"})
     rank: int = field(default=8, metadata={"help": "rank of the adapters"})
     alpha: float = field(default=16.0, metadata={"help": "LoRA's alpha"})
+    gamma: float = field(
+        default=16.0, metadata={"help": "LoRA-GA's gamma: larger is a smaller start"}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
     target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
@@ -147,8 +150,9 @@ class ExperimentArguments:
             raise UserError(
                 "validation_samples must be at least 1: learning rates are picked there"
             )
-        if not self.alpha > 0:
-            raise UserError(f"alpha must be positive, found {self.alpha:g}")
+        for name in ("alpha", "gamma"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be positive, found {getattr(self, name):g}")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout must lie in [0, 1), found {self.lora_dropout:g}")
 

@@ -62,11 +62,25 @@ def aligned(optimizer: str = "adamw", **options: Any) -> OptimizerFactory:
     return factory
 
 
+def full_muon(training: TrainingArguments, experiment: ExperimentArguments) -> Any:
+    """Optimizer factory of full fine-tuning with Muon."""
+    from lorapro.experiments.full_muon import full_muon_optimizer
+
+    return full_muon_optimizer(training)
+
+
 def lora_ga(model: PeftModel, batches: Iterable[Any], experiment: ExperimentArguments) -> None:
     """LoRA-GA's start with a frozen base, so that runs save adapters for the original model."""
     import lorapro
 
-    lorapro.lora_ga.initialize(model, batches, estimator="sketch", base="frozen", progress=False)
+    lorapro.lora_ga.initialize(
+        model,
+        batches,
+        estimator="sketch",
+        base="frozen",
+        gamma=experiment.gamma,
+        progress=False,
+    )
 
 
 RANK_STABILIZED = {"use_rslora": True}
@@ -75,6 +89,13 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("full", "full fine-tuning, AdamW on every weight", 1e-4, adapter=None),
+        Method(
+            "full-muon",
+            "full fine-tuning, Muon on hidden matrices, AdamW on the rest",
+            2e-4,
+            adapter=None,
+            optimizer=full_muon,
+        ),
         Method("lora", "LoRA, scaling alpha/r, AdamW", 1e-3),
         Method("rslora", "LoRA, scaling alpha/sqrt(r), AdamW", 6e-4, adapter=RANK_STABILIZED),
         Method(

@@ -1,0 +1,116 @@
+"""Full fine-tuning with Muon: ``torch.optim.Muon`` on hidden matrices, AdamW on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Muon
+
+from lorapro.optim.adam_rule import AdamRule
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+__all__ = ["FullMuon", "full_muon_optimizer", "hidden_matrices"]
+
+# Names under which transformers keep the layer that makes the output.
+HEADS = ("classifier", "score", "lm_head", "qa_outputs", "classification_head")
+
+
+def hidden_matrices(model: nn.Module) -> list[Tensor]:
+    """Weights of the linear layers between input and head: what Muon is made for.
+
+    Embeddings, heads, biases and norms are left out, and so is a head tied to the embedding.
+
+    >>> net = nn.ModuleDict({"body": nn.Linear(3, 2), "classifier": nn.Linear(2, 2)})
+    >>> [tuple(p.shape) for p in hidden_matrices(net)]
+    [(2, 3)]
+    """
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.weight.requires_grad
+        and id(module.weight) not in embedded
+        and not set(HEADS) & set(name.split("."))
+    ]
+
+
+class FullMuon(AdamRule, Muon):
+    """One optimizer for Trainer: Muon for ``matrices``, AdamW for ``others``.
+
+    Muon's steps are scaled by ``0.2·√max(m, n)``, as :class:`lorapro.LoraProMuon` scales its own,
+    so that both groups take AdamW's learning rate.
+
+    Args:
+        matrices: two-dimensional parameters.
+        others: any parameters.
+        lr: learning rate of both.
+        weight_decay: of both, decoupled.
+        betas: AdamW's.
+        eps: AdamW's.
+
+    >>> W, b = nn.Parameter(torch.eye(2)), nn.Parameter(torch.zeros(2))
+    >>> optimizer = FullMuon([W], [b], lr=0.1)
+    >>> (W.sum() + b.sum()).backward()
+    >>> _ = optimizer.step()
+    >>> b.detach()
+    tensor([-0.1000, -0.1000])
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        others: Iterable[Tensor],
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.check_adam(betas, eps)
+        super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        others = list(others)
+        if others:
+            self.add_param_group({"params": others, "betas": betas, "adam_eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of both rules."""
+        every = self.param_groups
+        self.param_groups = [g for g in every if "betas" not in g]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = every
+        for group in every:
+            if "betas" in group:
+                params = [p for p in group["params"] if p.grad is not None]
+                grads = [p.grad for p in params]
+                self.adamw_update(params, grads, {**group, "eps": group["adam_eps"]})
+        return loss
+
+
+class _Factory:
+    """What Trainer calls as ``factory()(model, **kwargs)``."""
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> FullMuon:
+        matrices = hidden_matrices(model)
+        if not matrices:
+            raise ValueError("the model has no hidden linear layer for Muon to train.")
+        known = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+        return FullMuon(matrices, others, **kwargs)
+
+
+def full_muon_optimizer(training: TrainingArguments) -> Any:
+    """Trainer's ``optimizer_cls_and_kwargs`` for full fine-tuning with Muon."""
+    return _Factory, {
+        "lr": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+    }

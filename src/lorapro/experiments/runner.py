@@ -50,7 +50,7 @@ class StepClock(TrainerCallback):
 
 
 def make_task(config: Config, log: Log | None = None, test_limit: int | None = None) -> Task:
-    """Return the config's task with its data read and tokenized (see ``Task.prepare``)."""
+    """Return the config's task with its data read and encoded (see ``Task.prepare``)."""
     task = TASKS[config.experiment.task](config.experiment)
     task.prepare(log, test_limit)
     return task
@@ -81,7 +81,7 @@ def make_trainer(
         train_dataset=task.train,
         eval_dataset=task.validation,
         data_collator=task.collator(),
-        processing_class=task.tokenizer,
+        processing_class=task.processor,
         compute_metrics=task.compute_metrics(),
         optimizer_cls_and_kwargs=optimizer,
         callbacks=callbacks,
@@ -203,7 +203,7 @@ def _save(config: Config, model: Any, task: Task, folder: Path) -> dict[str, str
         if not config.experiment.save_full_model:
             return {}
         model.save_pretrained(folder / folders.MODEL)
-        task.tokenizer.save_pretrained(folder / folders.MODEL)
+        task.processor.save_pretrained(folder / folders.MODEL)
         return {"model": folders.MODEL}
     if METHODS[config.experiment.method].init is None or _base_moves(config):
         model.save_pretrained(folder / folders.ADAPTER)
@@ -213,5 +213,5 @@ def _save(config: Config, model: Any, task: Task, folder: Path) -> dict[str, str
         return {"adapter": folders.ADAPTER}
     merged = model.merge_and_unload()
     merged.save_pretrained(folder / folders.MERGED)
-    task.tokenizer.save_pretrained(folder / folders.MERGED)
+    task.processor.save_pretrained(folder / folders.MERGED)
     return {"adapter": folders.ADAPTER, "merged": folders.MERGED}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lorapro.experiments.config import ExperimentArguments
 
-__all__ = ["Examples", "Task", "load_tokenizer"]
+__all__ = ["Examples", "Task", "TextTask", "load_tokenizer"]
 
 Examples = list[dict[str, Any]]
 
@@ -25,19 +25,22 @@ Examples = list[dict[str, Any]]
 class Task(ABC):
     """Data, model and metric of one task.
 
-    A task reads and tokenizes its data once (``prepare``) and gives fresh models
+    A task reads and encodes its data once (``prepare``) and gives fresh models
     (``load_model``). Splits depend on ``split_seed`` alone: methods and seeds share them.
 
     Class attributes:
         default_model: used when the config names none.
         default_data: likewise.
-        peft_task_type: name of a ``peft.TaskType``.
+        peft_task_type: name of a ``peft.TaskType``, ``None`` where PEFT has none.
+        head: name of the module that starts afresh and is trained in full beside the adapters,
+            ``None`` where there is none or PEFT knows it from the task type.
         metric: name of the main metric (higher is better), ``None`` when the loss is all there is.
     """
 
     default_model: ClassVar[str]
     default_data: ClassVar[str | None]
-    peft_task_type: ClassVar[str]
+    peft_task_type: ClassVar[str | None]
+    head: ClassVar[str | None] = None
     metric: ClassVar[str | None] = None
 
     train: Examples
@@ -45,7 +48,7 @@ class Task(ABC):
     test: Examples
     test_rows: list[Row]
     model_path: str
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
 
     def __init__(self, arguments: ExperimentArguments) -> None:
         self.arguments = arguments
@@ -57,7 +60,7 @@ class Task(ABC):
         self.whole_test = False
 
     def prepare(self, log: Callable[[str], None] | None = None, limit: int | None = None) -> None:
-        """Fetch what is missing, read the data, tokenize it.
+        """Fetch what is missing, read the data, encode it.
 
         With ``limit`` the first that many test rows are kept (0: all of them), where the data's own
         test split counts as a whole. A test set cut from the training rows stays what it was.
@@ -66,11 +69,11 @@ class Task(ABC):
         self.model_path = asset_path(self.model_name, log)
         asset_path(self.data_name, log)
         train, validation, test = self.split_rows()
-        self.tokenizer = load_tokenizer(self.model_path, self.model_name)
+        self.processor = self.load_processor()
         self.train = self.encode(train)
-        self.validation = by_length(self.encode(validation))
+        self.validation = self.arrange(self.encode(validation))
         self.test_rows = take(test, limit or 0)
-        self.test = by_length(self.encode(self.test_rows))
+        self.test = self.arrange(self.encode(self.test_rows))
         if not self.train:
             raise UserError(f"no training example of {self.data_name} fits into max_length")
 
@@ -79,8 +82,16 @@ class Task(ABC):
         """Return the rows of train, validation and test."""
 
     @abstractmethod
+    def load_processor(self) -> Any:
+        """Return the model's tokenizer or image processor, which is saved beside the model."""
+
+    @abstractmethod
     def encode(self, rows: list[Row]) -> Examples:
-        """Tokenize rows into examples for :meth:`collator`."""
+        """Turn rows into examples for :meth:`collator`, with the processor at hand."""
+
+    def arrange(self, examples: Examples) -> Examples:
+        """Return examples to evaluate in the order that is quickest."""
+        return examples
 
     @abstractmethod
     def load_model(self) -> PreTrainedModel:
@@ -102,6 +113,24 @@ class Task(ABC):
         What the model said goes to the JSONL file ``save_to``, if it said anything.
         """
         return {}
+
+
+class TextTask(Task):
+    """A task whose model reads tokens."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        tokenizer: PreTrainedTokenizerBase = self.processor
+        return tokenizer
+
+    def load_processor(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer."""
+        return load_tokenizer(self.model_path, self.model_name)
+
+    def arrange(self, examples: Examples) -> Examples:
+        """Put similar lengths side by side, so that batches need less padding."""
+        return sorted(examples, key=lambda example: len(example["input_ids"]))
 
 
 def load_tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:
@@ -147,8 +176,3 @@ def shuffled(rows: list[Row], seed: int) -> list[Row]:
 def take(rows: list[Row], count: int) -> list[Row]:
     """Return the first ``count`` rows, all of them for 0."""
     return rows[:count] if count else rows
-
-
-def by_length(examples: Examples) -> Examples:
-    """Return the examples with similar lengths side by side, so that batches need less padding."""
-    return sorted(examples, key=lambda example: len(example["input_ids"]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorapro.experiments.data import Row, load_rows, require_columns
 from lorapro.experiments.errors import UserError
-from lorapro.experiments.tasks.base import Examples, Task, load_pretrained, shuffled, take
+from lorapro.experiments.tasks.base import Examples, TextTask, load_pretrained, shuffled, take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def encode_pair(
     }
 
 
-class GSM8K(Task):
+class GSM8K(TextTask):
     """Answer GSM8K's questions; the loss is per answer token, the metric exact match.
 
     Data: the hub's ``openai/gsm8k``, or a local JSONL file or folder (``train.jsonl``,

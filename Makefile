@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 INPUTS := pyproject.toml constraints.txt
+BENCH = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks
+SMOLLM2 := smollm2-135m-instruct --batches 1 --size 8
 
 .PHONY: demo test lint types unit wheel bench clean
 
@@ -30,6 +32,19 @@ wheel: $(VENV)/.dev
 	cd dist/installed && ../../$(BIN)/python -c "import lorapro, pathlib; \
 	    path = pathlib.Path(lorapro.__file__); assert 'installed' in path.parts, path; \
 	    assert (path.parent / 'py.typed').exists(); print('wheel:', lorapro.__version__)"
+
+# Tables of speed and memory into benchmarks/results; see benchmarks/README.md. The one package of
+# others that is compared with is not needed: without it its rows say so.
+bench: $(VENV)/.dev
+	-$(BIN)/python -m pip install -q --no-deps lora-pro-adamw==0.2.1
+	$(BENCH)/step_time.py
+	$(BENCH)/training_step.py --direct
+	$(BENCH)/growth.py
+	$(BENCH)/memory.py
+	$(BENCH)/lora_ga_time.py --model minilm-l6
+	$(BENCH)/lora_ga_time.py --model $(SMOLLM2) --methods lora sketch peft
+	$(BENCH)/lora_ga_memory.py --model minilm-l6
+	$(BENCH)/lora_ga_memory.py --model $(SMOLLM2)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \

@@ -10,6 +10,7 @@ import lorapro
 import lorapro.functional as F
 from helpers import feed_dense_gradient
 from lorapro.factors import LoraPair
+from lorapro.optim.stacking import aligned_gradients
 
 XS = ("zero", "sylvester", "symmetric")
 
@@ -52,9 +53,9 @@ def test_aligned_steps_are_those_of_the_exact_path(r, x):
     with torch.no_grad():  # the step itself, without rounding against the size of the factors
         handles = [torch.zeros_like(p) for pair in pairs for p in (pair.A, pair.B)]
         taken = {}
-        params, directions = lorapro.optim.stacking.aligned_gradients(optimizer.param_groups[0], x)
-        for p, d in zip(params, directions, strict=True):
-            taken[id(p)] = d
+        for params, directions in aligned_gradients(optimizer.param_groups[0], x):
+            for p, d in zip(params, directions, strict=True):
+                taken[id(p)] = d
     assert len(taken) == len(handles)
     for pair, (d_A, d_B, A, B) in zip(pairs, expected, strict=True):
         have_A, have_B = taken[id(pair.A)].double(), taken[id(pair.B)].double()
@@ -77,8 +78,11 @@ def test_both_factors_of_high_condition(r, cond):
             pair.A.copy_(like.B.T)
         feed_dense_gradient(pair, torch.randn(pair.shape, generator=generator))
     group = lorapro.lora_param_groups(None, pairs=pairs)[0]
-    params, directions = lorapro.optim.stacking.aligned_gradients(group, "sylvester")
-    taken = {id(p): d.double() for p, d in zip(params, directions, strict=True)}
+    taken = {
+        id(p): d.double()
+        for part in aligned_gradients(group, "sylvester")
+        for p, d in zip(*part, strict=True)
+    }
     for pair in pairs:
         parts = (t.detach().double() for t in (pair.A, pair.B, pair.A.grad, pair.B.grad))
         for p, exact in zip((pair.A, pair.B), F.align(*parts, pair.scaling), strict=True):
@@ -124,7 +128,7 @@ def test_large_stacks_are_stepped_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("cond_Q", [1.0, 4.0, 30.0])
 def test_conjugate_gradients_solve_the_sylvester_equation(cond_Q):
-    from lorapro.optim.batched import solve_sylvester
+    from lorapro.optim.small import solve_sylvester
 
     generator = torch.Generator().manual_seed(0)
     k, r = 5, 24

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from lorapro.choices import check_choice
-from lorapro.functional import align_in, spectrum
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, AdamRule, new_adam_state
 from lorapro.optim.base import BASE, PAIRS
-from lorapro.optim.factored import precondition, squared_means
-from lorapro.optim.stacking import Bucket, aligned_gradients, buckets, plain_gradients
-from lorapro.optim.tangent import TangentOptimizer, left_right
+from lorapro.optim.factored import scales, squared_means
+from lorapro.optim.spaces import Direction, Space, Tangent
+from lorapro.optim.stacking import Bucket, aligned_gradients, plain_gradients
+from lorapro.optim.stacks import Tall, Wide, split
+from lorapro.optim.tangent import TangentOptimizer, gradients, spaces, take_steps
 
 __all__ = ["MODES", "LoraProAdamW"]
 
@@ -122,12 +123,13 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         if group["role"] != PAIRS:
             self.adamw_update(*plain_gradients(group), group)
         elif group["mode"] == "efficient":
-            self.adamw_update(*aligned_gradients(group, group["x"]), group)
+            for params, directions in aligned_gradients(group, group["x"]):
+                self.adamw_update(params, directions, group)
         elif group["mode"] == "factored":
             self.tangent_update(group)
         else:
-            for bucket in buckets(group):
-                self._full_update(bucket, group)
+            for part, space in spaces(group):
+                self._full_update(part, space, group)
 
     def decay(self, group: dict[str, Any]) -> float:
         """β1 of factored mode."""
@@ -142,68 +144,57 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         )
 
     def direction(
-        self,
-        b: Bucket,
-        group: dict[str, Any],
-        M: tuple[Tensor, Tensor],
-        G: tuple[Tensor, Tensor],
-        s: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Factored mode: ``h = D_row·M̂·D_col``."""
+        self, group: dict[str, Any], part: list[Bucket], space: Space, M: Tangent, G: Tangent
+    ) -> Direction:
+        """Factored mode: ``h = D_row·M̂·D_col`` with ``M = s·[B, M_B]·[M_A; A]``."""
         beta1, beta2 = group["betas"]
-        A, B = b.A.double(), b.B.double()
-        means = squared_means(*left_right(A, B, *G, s))
-        held = (
-            [self.state[B][ROWS] for B in b.params_B],
-            [self.state[A][COLUMNS] for A in b.params_A],
-        )
-        steps = torch.stack([self.state[B][STEP] for B in b.params_B]).double().to(A.device)
-        steps = steps.repeat_interleave(b.blocks)[:, None]
-        rows, columns = (
-            _average(kept, mean, beta2) / (1 - beta2**steps)
-            for kept, mean in zip(held, means, strict=True)
-        )
-        L, R = left_right(A, B, *M, s)
-        L = L / (1 - beta1**steps)[..., None]
-        return precondition(L, R, rows, columns, group["eps"])
+        left: list[list[Tensor]] = [[], []]
+        right: list[list[Tensor]] = [[], []]
+        sizes = space.s.split([len(b.A) for b in part])
+        for i, (b, row, column) in enumerate(zip(part, *squared_means(space, G), strict=True)):
+            held = [self.state[B][ROWS] for B in b.params_B]
+            held_columns = [self.state[A][COLUMNS] for A in b.params_A]
+            t = torch.tensor([float(self.state[B][STEP]) for B in b.params_B], dtype=row.dtype)
+            t = t.repeat_interleave(b.blocks)[:, None].to(row.device)
+            rows = _average(held, row, beta2) / (1 - beta2**t)
+            columns = _average(held_columns, column, beta2) / (1 - beta2**t)
+            D_row, D_col = scales(rows, columns, group["eps"])
+            D_row = (D_row * (sizes[i][:, 0] / (1 - beta1**t))).unsqueeze(-1)
+            for out, side in zip(left, (space.B, M.B), strict=True):
+                out.append(D_row * side.parts[i])
+            for out, wide in zip(right, (M.A, space.A), strict=True):
+                out.append(wide.parts[i] * D_col.unsqueeze(-2))
+        return Direction((Tall(left[0]), Tall(left[1])), (Wide(right[0]), Wide(right[1])))
 
-    def _full_update(self, b: Bucket, group: dict[str, Any]) -> None:
-        """Algorithm 3 for pairs of one shape. The (m, n) part goes pair by pair."""
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        spec = spectrum(b.A, b.B)
-        d_A, d_B = align_in(spec, b.A, b.B, b.grad_A, b.grad_B, b.scaling, x="zero")
-        s = torch.as_tensor(b.scaling, dtype=torch.float64, device=b.A.device)
-        s = s.expand(b.A.shape[0])[:, None, None]
+    def _full_update(self, part: list[Bucket], space: Space, group: dict[str, Any]) -> None:
+        """Algorithm 3. The (m, n) part goes pair by pair."""
+        G = space.project(*gradients(part, space))
         h_A, h_B = [], []
-        for i, B in enumerate(b.params_B):
-            part = slice(i * b.blocks, (i + 1) * b.blocks)
-            A_i, B_i = b.A[part].to(torch.promote_types(b.A.dtype, torch.float32)), b.B[part]
-            B_i = B_i.to(A_i.dtype)
-            g = torch.zeros((), dtype=A_i.dtype, device=A_i.device)
-            if d_A is not None:
-                g = g + B_i @ (s[part] * d_A[part]).to(A_i.dtype)
-            if d_B is not None:
-                g = g + (s[part] * d_B[part]).to(A_i.dtype) @ A_i
-            state = self.state[B]
+        for b, s, G_A, G_B in zip(part, split(space.s, space.A), G.A.parts, G.B.parts, strict=True):
+            sides = self._full_directions(b, s, G_A, G_B, group)
+            h_A.append(sides[0].to(G_A.dtype))
+            h_B.append(sides[1].to(G_B.dtype))
+        take_steps(part, *space.align(Wide(h_A), Tall(h_B)), group)
+
+    def _full_directions(
+        self, b: Bucket, s: Tensor, G_A: Tensor, G_B: Tensor, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """``(s·Bᵀh, s·h·Aᵀ)`` of pairs of one shape, ``h = m̂/(√v̂ + ε)`` from moments of g̃."""
+        beta1, beta2 = group["betas"]
+        work = torch.promote_types(b.A.dtype, torch.float32)
+        A, B, s, G_A, G_B = (t.to(work) for t in (b.A, b.B, s, G_A, G_B))
+        L, R = s * torch.cat([B, G_B], -1), torch.cat([G_A, A], -2)
+        h_A, h_B = [], []
+        for i, key in enumerate(b.params_B):
+            rows = slice(i * b.blocks, (i + 1) * b.blocks)
+            g = L[rows] @ R[rows]
+            state = self.state[key]
             if not state:
-                state.update(new_adam_state(B, shape=g.shape))
+                state.update(new_adam_state(key, shape=g.shape))
             h = _adam_direction(state, g, beta1, beta2, group["eps"])
-            h_A.append(s[part] * (B_i.mT @ h))
-            h_B.append(s[part] * (h @ A_i.mT))
-        d_A, d_B = align_in(
-            spec,
-            b.A,
-            b.B,
-            None if b.grad_A is None else torch.cat(h_A),
-            None if b.grad_B is None else torch.cat(h_B),
-            b.scaling,
-            x=group["x"],
-        )
-        if group["weight_decay"]:
-            keep = max(0.0, 1 - lr * group["weight_decay"]) ** 0.5
-            torch._foreach_mul_([*b.params_A, *b.params_B], keep)
-        params, directions = b.by_parameter(d_A, d_B)
-        torch._foreach_sub_(params, torch._foreach_mul(directions, lr))
+            h_A.append(s[rows] * (B[rows].mT @ h))
+            h_B.append(s[rows] * (h @ A[rows].mT))
+        return torch.cat(h_A), torch.cat(h_B)
 
 
 def _adam_direction(
@@ -215,8 +206,10 @@ def _adam_direction(
     t = int(step)  # the counter lives on the host
     m.lerp_(g.to(m.dtype), 1 - beta1)
     v.mul_(beta2).addcmul_(g.to(v.dtype), g.to(v.dtype), value=1 - beta2)
-    denominator = (v.to(g.dtype) / (1 - beta2**t)).sqrt_().add_(eps)
-    return (m.to(g.dtype) / (1 - beta1**t)).div_(denominator)
+    # m̂/(√v̂ + ε) with the bias corrections taken out of the passes over (m, n).
+    root = (1 - beta2**t) ** 0.5
+    h = v.to(g.dtype).sqrt().add_(eps * root)
+    return torch.div(m.to(g.dtype), h, out=h).mul_(root / (1 - beta1**t))
 
 
 def _average(held: list[Tensor], new: Tensor, beta: float) -> Tensor:

@@ -12,20 +12,23 @@ Shape letters: m, n rows and columns of W; r rank; k pairs stacked by shape; s s
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from lorapro.functional import align
+from lorapro.optim.small import inverse, solve_sylvester
+from lorapro.optim.tall import gram, product
 
-__all__ = ["align_batched", "solve_sylvester"]
+__all__ = ["Grams", "align_batched", "coefficients", "invert"]
 
-# cond(S) up to which float32 keeps g̃ within 1e-3 of the exact one: cond(B) up to 170.
-MOST_CONDITION = 3e4
+# cond(S) up to which g̃ is within 1e-3 of the exact one: cond(B) up to 170 in float32. In float64,
+# cond(B) up to 1e5, beyond which factors in float32 are hardly of full rank.
+MOST_CONDITION = {torch.float32: 3e4, torch.float64: 1e10}
 # X is −S_B⁻¹·residual·S_A⁻¹ off: one of the two must be close to a multiple of the identity, as
 # LoRA's A·Aᵀ is. Bound on the smaller ‖S‖·‖S⁻¹‖/r (1 for the identity).
 MOST_SMALLER_CONDITION = 8.0
-# Residual at which X is good enough, relative to K, and the most steps spent on it.
-X_TOLERANCE, X_STEPS = 1e-3, 16
 
 
 def align_batched(
@@ -50,117 +53,101 @@ def align_batched(
     >>> torch.allclose(d_A, align(A, B, A, B, 1.0, x="zero")[0])
     True
     """
+    out, sure = _align([tuple(t.float() for t in stack) for stack in stacks], scalings, x)
+    if not sure.all():
+        _mend(out, stacks, scalings, x, sure)
+    return out
+
+
+def _align(
+    stacks: list[Any], scalings: list[float | Tensor], x: str
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """(d_A, d_B) of each stack in the dtype of the stacks, and which of all pairs are sure."""
     r = stacks[0][1].shape[-1]
-    stacks = [(Z.float(), B.float(), g_B.float()) for Z, B, g_B in stacks]
-    grams = [Z[:, r:] @ Z.mT for Z, _, _ in stacks]  # (k, r, 2r): Kᵀ beside S_A
-    KS = torch.cat(grams)
-    S_B = torch.cat([B.mT @ B for _, B, _ in stacks])
-    PX, R, C, exact = _solve(KS[..., r:], S_B, KS[..., :r].mT, x)
+    KS = torch.cat([Z[:, r:] @ Z.mT for Z, _, _ in stacks])  # (k, r, 2r): Kᵀ beside S_A
+    S_B = torch.cat([gram(B, B) for _, B, _ in stacks])
+    grams = invert(KS[..., r:].contiguous(), S_B, x)
+    P, X, R, C = coefficients(grams, KS[..., :r].mT, x)
+    PX = P if X is None else torch.cat([P, X], -1)
     out = []
     first = 0
     for (Z, B, g_B), s in zip(stacks, scalings, strict=True):
         part = slice(first, first + len(Z))
         first += len(Z)
         c = s**-2 if isinstance(s, float) else s.to(Z.dtype)[:, None, None] ** -2
-        d_A = (c * PX[part]) @ (Z if PX.shape[-1] == 2 * r else Z[:, :r])
-        # Short and wide products are much faster than tall and narrow ones.
-        across = (c * R[part]) @ g_B.mT
-        d_B = across.baddbmm_((c * C[part]).mT, B.mT, alpha=-1).mT.contiguous()
-        if exact[part].any():
-            rows = exact[part].nonzero().flatten()
-            s_rows = s if isinstance(s, float) else s[rows]
-            right = align(Z[rows, r:], B[rows], Z[rows, :r], g_B[rows], s_rows, x=x)
-            d_A[rows], d_B[rows] = right  # type: ignore[assignment]
+        d_A = (c * PX[part]) @ (Z[:, :r] if X is None else Z)
+        d_B = product(B, -c * C[part], product(g_B, c * R[part]))
         out.append((d_A, d_B))
-    return out
+    return out, grams.sure
 
 
-def _solve(S_A: Tensor, S_B: Tensor, K: Tensor, x: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients of ``d_A = [P X]·[grad_A; A]`` and ``d_B = grad_B·R − B·C``, times s².
+def _mend(
+    out: list[tuple[Tensor, Tensor]],
+    stacks: list[tuple[Tensor, Tensor, Tensor]],
+    scalings: list[float | Tensor],
+    x: str,
+    sure: Tensor,
+) -> None:
+    """Put the pairs that are not sure right in ``out``: in float64, and exactly where need be."""
+    parts = sure.split([len(B) for _, B, _ in stacks])
+    for (d_A, d_B), stack, s, good in zip(out, stacks, scalings, parts, strict=True):
+        rows = (~good).nonzero().flatten()
+        if not len(rows):
+            continue
+        Z, B, g_B = (t[rows].double() for t in stack)
+        s_rows = s if isinstance(s, float) else s[rows]
+        [(right_A, right_B)], fine = _align([(Z, B, g_B)], [s_rows], x)
+        if not fine.all():
+            r = B.shape[-1]
+            bad = ~fine
+            given = stack[0][rows[bad]], stack[1][rows[bad]], stack[2][rows[bad]]
+            s_bad = s if isinstance(s, float) else s[rows[bad]]
+            exact = align(given[0][:, r:], given[1], given[0][:, :r], given[2], s_bad, x=x)
+            right_A[bad], right_B[bad] = (t.double() for t in exact)  # type: ignore[union-attr]
+        d_A[rows], d_B[rows] = right_A.to(d_A.dtype), right_B.to(d_B.dtype)
 
-    Returns ``[P X]`` (k, r, 2r) or P alone, R, C, and (k,) which pairs need the exact path.
+
+class Grams(NamedTuple):
+    """Gram matrices (k, r, r), their inverses, and which pairs can do with float32 (k,)."""
+
+    S_A: Tensor
+    S_B: Tensor
+    inv_A: Tensor
+    inv_B: Tensor
+    sure: Tensor
+    swap: Tensor  # (k,) B is nearer to an orthonormal matrix than A
+
+
+def invert(S_A: Tensor, S_B: Tensor, x: str) -> Grams:
+    """Invert both Gram matrices; ``sure`` where that, and X as asked for, is accurate enough."""
+    both, condition = inverse(torch.cat([S_A, S_B]))
+    cond_A, cond_B = condition.chunk(2)
+    sure = torch.maximum(cond_A, cond_B) < MOST_CONDITION[S_A.dtype]
+    if x == "sylvester":
+        sure &= torch.minimum(cond_A, cond_B) <= MOST_SMALLER_CONDITION * S_A.shape[-1]
+    inv_A, inv_B = both.chunk(2)
+    return Grams(S_A, S_B, inv_A, inv_B, sure, cond_B < cond_A)
+
+
+def coefficients(grams: Grams, K: Tensor, x: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(P, X, R, C) of ``d_A = P·grad_A + X·A`` and ``d_B = grad_B·R − B·C``, times s².
+
+    X is ``None`` for ``"zero"``. All are (k, r, r); what is not ``sure`` is not meaningful.
     """
-    inverse, condition = _inverse(torch.cat([S_A, S_B]))
-    inv_A, inv_B = inverse.chunk(2)
-    exact = ~(condition < MOST_CONDITION).view(2, -1).all(0)
+    S_A, S_B, inv_A, inv_B, sure, swap = grams
     if x == "zero":
-        return inv_B, inv_A, inv_B @ K @ inv_A, exact
+        return inv_B, None, inv_A, inv_B @ K @ inv_A
     if x == "symmetric":
         half = 0.5 * (inv_B @ K @ inv_A)
-        return torch.cat([inv_B, -half], -1), inv_A, half, exact
-    exact |= condition.view(2, -1).amin(0) > MOST_SMALLER_CONDITION * K.shape[-1]
-    swap = (condition.view(2, -1)[1] < condition.view(2, -1)[0])[:, None, None]
+        return inv_B, -half, inv_A, half
     # The side nearer to a multiple of the identity is the one to precondition with.
-    first, second = torch.where(swap, S_A, S_B), torch.where(swap, S_B, S_A)
-    Y = solve_sylvester(first, second, torch.where(swap, K.mT, K), wanted=~exact)
-    Y = torch.where(swap, Y.mT, Y)
+    if swap.any():
+        turn = swap[:, None, None]
+        first, second = torch.where(turn, S_A, S_B), torch.where(turn, S_B, S_A)
+        Y = solve_sylvester(first, second, torch.where(turn, K.mT, K), wanted=sure)
+        Y = torch.where(turn, Y.mT, Y)
+    else:
+        Y = solve_sylvester(S_B, S_A, K, wanted=sure)
     # Not X = −S_B⁻¹Y: only with the residual in it is C − X = S_B⁻¹·K·S_A⁻¹ for an inexact Y.
     minus_X = inv_B @ torch.baddbmm(K, S_B, Y, alpha=-1) @ inv_A
-    return torch.cat([inv_B, -minus_X], -1), inv_A, Y @ inv_A, exact
-
-
-def _inverse(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of positive matrices by Cholesky, and ``‖S‖·‖S⁻¹‖``, Inf where there is none."""
-    L, failed = torch.linalg.cholesky_ex(S)
-    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    beyond = ((failed != 0) | ~torch.isfinite(L).all(-1).all(-1))[:, None, None]
-    inverse = torch.cholesky_inverse(torch.where(beyond, eye, L))
-    condition = S.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1))
-    beyond = beyond | ~torch.isfinite(condition)[:, None, None]
-    return torch.where(beyond, eye, inverse), torch.where(beyond[:, 0, 0], torch.inf, condition)
-
-
-def solve_sylvester(P: Tensor, Q: Tensor, K: Tensor, wanted: Tensor | None = None) -> Tensor:
-    """Y with ``P·Y + Y·Q ≈ K`` for symmetric positive P and Q, by conjugate gradients.
-
-    The operator is symmetric and positive. ``(P + q·I)⁻¹``, q the mean eigenvalue of Q, is its
-    inverse where Q is a multiple of the identity, as ``A·Aᵀ`` nearly is for LoRA's usual start;
-    the number of steps grows with the condition of Q only. Each system stops by itself, so that
-    none depends on its neighbours.
-
-    Args:
-        P: (k, r, r).
-        Q: (k, r, r).
-        K: (k, r, r).
-        wanted: (k,) systems to solve; the others are left at zero.
-
-    Returns:
-        (k, r, r), residual at most 1e-3 of ‖K‖ or what 16 steps give.
-
-    >>> two, one = 2 * torch.eye(2)[None], torch.eye(2)[None]
-    >>> solve_sylvester(two, one, 6 * one)[0]
-    tensor([[2., 0.],
-            [0., 2.]])
-    """
-    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-    q = Q.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    M, _ = _inverse(P + q * eye)
-    size = K.abs().amax((-2, -1), keepdim=True)
-    R = K / torch.where(size > 0, size, 1.0)
-    target = X_TOLERANCE * _length(R)
-    active = _length(R) > target
-    if wanted is not None:
-        active &= wanted[:, None, None]
-    Z = M @ R
-    Y, D, rz = torch.zeros_like(R), Z, _inner(R, Z)
-    tiny = torch.finfo(R.dtype).tiny
-    for _ in range(X_STEPS):
-        if not active.any():
-            break
-        AD = torch.baddbmm(D @ Q, P, D)
-        step = torch.where(active, rz / _inner(D, AD).clamp_min(tiny), 0.0)
-        Y = Y + step * D
-        R = R - step * AD
-        active &= _length(R) > target
-        Z = M @ R
-        rz, before = _inner(R, Z), rz
-        D = Z + rz / before.clamp_min(tiny) * D
-    return size * Y
-
-
-def _length(a: Tensor) -> Tensor:
-    return a.norm(dim=(-2, -1), keepdim=True)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((-2, -1), keepdim=True)
+    return inv_B, -minus_X, inv_A, Y @ inv_A

@@ -1,7 +1,6 @@
 """AdamW's rule with a factored second moment: what mode ``"factored"`` does with a tangent vector.
 
-Shape letters: m, n rows and columns of W; r rank; k pairs stacked by shape;
-L (k, m, 2r) and R (k, 2r, n) the two sides of a tangent vector ``L·R``.
+Shape letters: m, n rows and columns of W; r rank; k pairs; tangent vectors ``s·(B·G_A + G_B·A)``.
 """
 
 from __future__ import annotations
@@ -9,38 +8,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["precondition", "squared_means"]
+from lorapro.optim.spaces import Space, Tangent
+from lorapro.optim.stacks import Tall, Wide
+
+__all__ = ["scales", "squared_means"]
 
 
-def squared_means(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over columns and over rows of ``(L·R)∘(L·R)``, without forming it.
+def squared_means(space: Space, G: Tangent) -> tuple[list[Tensor], list[Tensor]]:
+    """Means of g̃∘g̃ over columns (k, m) and over rows (k, n), one tensor a shape.
 
-    ``Σ_j (L·R)²_ij = Σ_p ((L·(R Rᵀ)) ∘ L)_ip``, likewise for columns.
+    With ``L = [B, G_B]`` and ``R = [G_A; A]``, ``Σ_j (L·R)²_ij = Σ_p ((L·(R·Rᵀ)) ∘ L)_ip``;
+    likewise for columns. g̃ is not formed.
 
-    Args:
-        L: (..., m, q).
-        R: (..., q, n).
-
-    Returns:
-        row means (..., m) and column means (..., n).
-
-    >>> L, R = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 1.0]])
-    >>> squared_means(L, R)
-    (tensor([ 5., 20.]), tensor([22.5000,  2.5000]))
+    >>> from lorapro.optim.spaces import ExactSpace
+    >>> A, B = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[2.0], [0.0]]])
+    >>> space = ExactSpace(A, B, torch.full((1, 1, 1), 3.0), "zero")
+    >>> G = Tangent(Wide([A.double()]), Tall([torch.zeros_like(B).double()]))
+    >>> [row], [column] = squared_means(space, G)              # g̃ = 3·[[2, 0], [0, 0]]
+    >>> row.tolist(), column.tolist()
+    ([[18.0, 0.0]], [[18.0, 0.0]])
     """
-    rows = ((L @ (R @ R.mT)) * L).sum(-1) / R.shape[-1]
-    columns = (((L.mT @ L) @ R) * R).sum(-2) / L.shape[-2]
-    return rows.clamp_min(0.0), columns.clamp_min(0.0)
+    A, B = space.A, space.B
+    GG, GA, AA = G.A.dot(G.A), G.A.dot(A), A.dot(A)
+    to_B = Tall.combine([(B, GG), (G.B, GA.mT)])
+    to_G = Tall.combine([(B, GA), (G.B, AA)])
+    HH, HB, BB = G.B.dot(G.B), G.B.dot(B), B.dot(B)
+    to_A = Wide.combine([(HH, A), (HB, G.A)])
+    to_H = Wide.combine([(HB.mT, A), (BB, G.A)])
+    sizes = (space.s**2)[:, 0, 0].split([len(part) for part in A.parts])
+    rows, columns = [], []
+    for i, square in enumerate(sizes):
+        rest = square[:, None]
+        row = (to_B.parts[i] * B.parts[i]).add_(to_G.parts[i] * G.B.parts[i]).sum(-1)
+        column = (to_A.parts[i] * A.parts[i]).add_(to_H.parts[i] * G.A.parts[i]).sum(-2)
+        rows.append((rest * row / A.parts[i].shape[-1]).clamp_min_(0.0))
+        columns.append((rest * column / B.parts[i].shape[-2]).clamp_min_(0.0))
+    return rows, columns
 
 
-def precondition(
-    L: Tensor, R: Tensor, rows: Tensor, columns: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """``h = D_row·(L·R)·D_col`` with ``v̂_ij ≈ rows_i·columns_j / mean(rows)``.
+def scales(rows: Tensor, columns: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Diagonals of D_row and D_col: ``h = D_row·M·D_col`` where ``v̂ ≈ rows·columns/mean(rows)``.
 
     ``D_row = 1/√(rows/mean(rows))`` and ``D_col = 1/(√columns + ε)``; a row that never saw a
     gradient has no direction either.
+
+    >>> scales(torch.tensor([[1.0, 1.0, 4.0]]), torch.tensor([[4.0]]), 0.0)
+    (tensor([[1.4142, 1.4142, 0.7071]]), tensor([[0.5000]]))
     """
     relative = rows / rows.mean(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    D_row = torch.where(relative > 0, relative, 1.0).rsqrt()
-    return D_row.unsqueeze(-1) * L, R / (columns.sqrt() + eps).unsqueeze(-2)
+    return torch.where(relative > 0, relative, 1.0).rsqrt(), 1.0 / (columns.sqrt() + eps)

@@ -75,9 +75,9 @@ def align_gradients(
 
     @torch.no_grad()
     def align_now() -> None:
-        params, directions = aligned_gradients(group, x)
-        held: list[Any] = [p.grad for p in params]
-        torch._foreach_copy_(held, directions)
+        for params, directions in aligned_gradients(group, x):
+            held: list[Any] = [p.grad for p in params]
+            torch._foreach_copy_(held, directions)
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

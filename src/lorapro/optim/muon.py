@@ -14,40 +14,13 @@ from torch import Tensor
 
 from lorapro.optim.adam_rule import AdamRule
 from lorapro.optim.base import PAIRS
+from lorapro.optim.polar import polar_core, polar_factor
+from lorapro.optim.spaces import Direction, ExactSpace, FastSpace, Space, Tangent
 from lorapro.optim.stacking import Bucket, plain_gradients
-from lorapro.optim.tangent import TangentOptimizer, left_right
+from lorapro.optim.stacks import Tall, Wide
+from lorapro.optim.tangent import TangentOptimizer
 
-__all__ = ["LoraProMuon", "polar_factor"]
-
-# Singular values of the momentum below this part of the largest are taken for zero.
-POLAR_TOLERANCE = 1e-6
-
-
-def polar_factor(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-    """Polar factor ``U·Vᵀ`` of ``L·R = U Σ Vᵀ`` as a product of two thin matrices.
-
-    QR of L and Rᵀ and an SVD of the (2r, 2r) core; directions without singular value are left out.
-
-    Args:
-        L: (..., m, q).
-        R: (..., q, n).
-
-    Returns:
-        ``(U, Vᵀ)``: (..., m, p) and (..., p, n) with p ≤ q.
-
-    >>> U, Vt = polar_factor(torch.tensor([[3.0], [4.0]]), torch.tensor([[0.0, -2.0]]))
-    >>> (U @ Vt).abs()
-    tensor([[0.0000, 0.6000],
-            [0.0000, 0.8000]])
-    """
-    Q_L, T_L = torch.linalg.qr(L)
-    Q_R, T_R = torch.linalg.qr(R.mT)
-    core = T_L @ T_R.mT
-    finite = torch.isfinite(core).all(-1).all(-1)[..., None, None]
-    U, sigma, Vt = torch.linalg.svd(torch.where(finite, core, 0.0), full_matrices=False)
-    kept = sigma > POLAR_TOLERANCE * sigma.amax(-1, keepdim=True)
-    U = torch.where(finite, U * kept.unsqueeze(-2), torch.nan)
-    return Q_L @ U, Vt @ Q_R.mT
+__all__ = ["LoraProMuon"]
 
 
 class LoraProMuon(AdamRule, TangentOptimizer):
@@ -132,18 +105,24 @@ class LoraProMuon(AdamRule, TangentOptimizer):
         return group["momentum"]
 
     def direction(
-        self,
-        b: Bucket,
-        group: dict[str, Any],
-        M: tuple[Tensor, Tensor],
-        G: tuple[Tensor, Tensor],
-        s: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The scaled polar factor of the momentum."""
-        N_A, N_B = M
-        if group["nesterov"]:
-            mu = group["momentum"]
-            N_A, N_B = G[0].lerp(N_A, mu), G[1].lerp(N_B, mu)
-        L, R = left_right(b.A.double(), b.B.double(), N_A, N_B, s)
-        U, Vt = polar_factor(L, R)
-        return 0.2 * max(L.shape[-2], R.shape[-1]) ** 0.5 * U, Vt
+        self, group: dict[str, Any], part: list[Bucket], space: Space, M: Tangent, G: Tangent
+    ) -> Direction:
+        """The scaled polar factor of the momentum ``N = s·[B, N_B]·[N_A; A]``."""
+        N = G.lerp(M, group["momentum"]) if group["nesterov"] else M
+        A, B, s = space.A, space.B, space.s
+        sizes = [0.2 * max(b.B.shape[-2], b.A.shape[-1]) ** 0.5 for b in part for _ in b.A]
+        size = torch.tensor(sizes, dtype=s.dtype, device=s.device)[:, None, None]
+        if isinstance(space, ExactSpace):
+            L = torch.cat([B.parts[0], N.B.parts[0]], -1)
+            U, Vt = polar_factor(s * L, torch.cat([N.A.parts[0], A.parts[0]], -2))
+            return Direction((Tall([size * U]),), (Wide([Vt]),))
+        assert isinstance(space, FastSpace)
+        LL = _gram(space.grams.S_B, B.dot(N.B), N.B.dot(N.B))
+        RR = _gram(N.A.dot(N.A), N.A.dot(A), space.grams.S_A)
+        core = polar_core(LL, RR)  # the scaling s drops out
+        return Direction((B, N.B), (N.A, A), size * core)
+
+
+def _gram(first: Tensor, across: Tensor, second: Tensor) -> Tensor:
+    """[[first, across], [acrossᵀ, second]]."""
+    return torch.cat([torch.cat([first, across], -1), torch.cat([across.mT, second], -1)], -2)

@@ -64,9 +64,12 @@ class LoraProSGD(PairOptimizer):
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""
         if group["role"] == PAIRS:
-            params, grads = aligned_gradients(group, group["x"])
+            for params, directions in aligned_gradients(group, group["x"]):
+                self._descend(params, directions, group)
         else:
-            params, grads = plain_gradients(group)
+            self._descend(*plain_gradients(group), group)
+
+    def _descend(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         buffers: list[Tensor | None] = [self.state[p].get(MOMENTUM) for p in params]
         sgd(
             params,

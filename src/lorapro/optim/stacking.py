@@ -15,10 +15,11 @@ from lorapro.factors import as_A, as_B, from_A, from_B
 from lorapro.functional import align
 from lorapro.optim.batched import align_batched
 
-__all__ = ["Bucket", "aligned_gradients", "buckets", "plain_gradients"]
+__all__ = ["Bucket", "aligned_gradients", "buckets", "in_parts", "plain_gradients"]
 
-# Elements of a stack of gradients and factors on one side; a larger one is stepped in parts.
-MOST_ELEMENTS = 1 << 24
+# Elements of factors and gradients that are stepped at a time. Larger parts need more temporary
+# memory; smaller ones repeat the r×r algebra more often.
+MOST_ELEMENTS = 1 << 23
 
 
 class Bucket(NamedTuple):
@@ -34,6 +35,40 @@ class Bucket(NamedTuple):
     grad_B: Tensor | None
     scaling: float | Tensor
     both_A: Tensor | None  # (k, 2r, n): grad_A over A, of which the two are views
+
+    @property
+    def elements(self) -> int:
+        """Numbers in factors and gradients."""
+        return 2 * (self.A.numel() + self.B.numel())
+
+    @property
+    def moves(self) -> tuple[bool, bool]:
+        """Which of A and B have a gradient."""
+        return self.grad_A is not None, self.grad_B is not None
+
+    def split(self, which: Tensor) -> tuple[Bucket | None, Bucket | None]:
+        """The pairs all of whose matrices are in ``which`` (k,), and the others."""
+        whole = which.view(-1, self.blocks).all(1)
+        return self._part(whole), self._part(~whole)
+
+    def _part(self, pairs: Tensor) -> Bucket | None:
+        if not pairs.any():
+            return None
+        if pairs.all():
+            return self
+        rows = pairs.repeat_interleave(self.blocks).nonzero().flatten()
+        both = None if self.both_A is None else self.both_A[rows]
+        r = self.A.shape[-2]
+        return self._replace(
+            params_A=[p for p, here in zip(self.params_A, pairs.tolist(), strict=True) if here],
+            params_B=[p for p, here in zip(self.params_B, pairs.tolist(), strict=True) if here],
+            A=self.A[rows] if both is None else both[:, r:],
+            B=self.B[rows],
+            grad_A=both[:, :r] if both is not None else self.grad_A,
+            grad_B=None if self.grad_B is None else self.grad_B[rows],
+            scaling=self.scaling[rows] if isinstance(self.scaling, Tensor) else self.scaling,
+            both_A=both,
+        )
 
     @property
     def fits_batched(self) -> bool:
@@ -113,7 +148,7 @@ def buckets(group: dict[str, Any]) -> Iterator[Bucket]:
         key = (A.shape, B.shape, A.dtype, B.dtype, A.device, layout, blocks)
         rows.setdefault((*key, g_A is None, g_B is None), []).append(i)
     for key, members in rows.items():
-        size = max(params[2 * members[0]].numel(), params[2 * members[0] + 1].numel())
+        size = params[2 * members[0]].numel() + params[2 * members[0] + 1].numel()
         at_once = max(1, MOST_ELEMENTS // (2 * size))
         for first in range(0, len(members), at_once):
             yield _bucket(group, grads, key, members[first : first + at_once])
@@ -164,29 +199,51 @@ def _stack(tensors: list[Any], layout: str, blocks: int, view: Any) -> Tensor:
     return torch.cat([view(t.detach(), layout, blocks) for t in tensors])
 
 
+def in_parts(group: dict[str, Any]) -> Iterator[list[Bucket]]:
+    """Yield the buckets of a group in lists of bounded size.
+
+    A list holds buckets of one rank that all fit ``align_batched``, or a single one that does not.
+    Every pair with a gradient is in one of them. What is yielded may be used up before
+    the next list is made, so that no more than one part is in memory.
+    """
+    together: dict[int, list[Bucket]] = {}
+    for b in buckets(group):
+        if not b.fits_batched:
+            yield [b]
+            continue
+        rank = b.A.shape[-2]
+        part = together.setdefault(rank, [])
+        if part and sum(b.elements for b in part) + b.elements > MOST_ELEMENTS:
+            yield together.pop(rank)
+            part = together.setdefault(rank, [])
+        part.append(b)
+    yield from together.values()
+
+
 @torch.no_grad()
-def aligned_gradients(group: dict[str, Any], x: str) -> tuple[list[Tensor], list[Tensor]]:
-    """(parameters, aligned gradients) of a pairs group, for every parameter with a gradient."""
+def aligned_gradients(group: dict[str, Any], x: str) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield (parameters, aligned gradients) of a pairs group, part by part."""
+    for part in in_parts(group):
+        if part[0].fits_batched:
+            yield _aligned(part, x)
+        else:
+            (b,) = part
+            yield b.by_parameter(*align(b.A, b.B, b.grad_A, b.grad_B, b.scaling, x=x))
+
+
+def _aligned(part: list[Bucket], x: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Align buckets of one rank with their r×r algebra in common."""
     params: list[Tensor] = []
     directions: list[Tensor] = []
-    by_rank: dict[int, list[Bucket]] = {}
-    for b in buckets(group):
-        if b.fits_batched:
-            by_rank.setdefault(b.A.shape[-2], []).append(b)
-            continue
-        p, d = b.by_parameter(*align(b.A, b.B, b.grad_A, b.grad_B, b.scaling, x=x))
+    aligned = align_batched(
+        [(b.both_A, b.B, b.grad_B) for b in part],  # type: ignore[misc]
+        [b.scaling for b in part],
+        x,
+    )
+    for b, (d_A, d_B) in zip(part, aligned, strict=True):
+        p, d = b.by_parameter(d_A, d_B)
         params += p
         directions += d
-    for together in by_rank.values():
-        aligned = align_batched(
-            [(b.both_A, b.B, b.grad_B) for b in together],  # type: ignore[misc]
-            [b.scaling for b in together],
-            x,
-        )
-        for b, (d_A, d_B) in zip(together, aligned, strict=True):
-            p, d = b.by_parameter(d_A, d_B)
-            params += p
-            directions += d
     return params, directions
 
 

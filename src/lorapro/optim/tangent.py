@@ -11,84 +11,31 @@ One step of every optimizer built on this file::
 A tangent vector has rank 2r, so no step forms an (m, n) tensor. A new rule is a subclass of
 :class:`TangentOptimizer` with one method.
 
+Pairs whose factors are well conditioned go through :class:`lorapro.optim.spaces.FastSpace`, all
+shapes of one rank together; the others, float64 factors and other devices through
+:class:`lorapro.optim.spaces.ExactSpace`.
+
 Shape letters
-    m, n   rows and columns of W;   r  rank;   k  pairs stacked by shape;   s  scaling (k, 1, 1)
+    m, n   rows and columns of W;   r  rank;   k  pairs;   s  scaling (k, 1, 1)
     A, M_A, G_A, d_A  (k, r, n);   B, M_B, G_B, d_B  (k, m, r)
-    L      left factor (k, m, 2r) and R right factor (k, 2r, n) of a tangent vector ``L·R``
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorapro.functional import Spectrum, align_in, spectrum
 from lorapro.optim.base import PairOptimizer
-from lorapro.optim.stacking import Bucket, buckets
+from lorapro.optim.spaces import Direction, ExactSpace, FastSpace, Space, Tangent
+from lorapro.optim.stacking import Bucket, in_parts
+from lorapro.optim.stacks import Tall, Wide
 
-__all__ = ["TangentOptimizer", "left_right", "pull_back", "transport"]
+__all__ = ["TangentOptimizer", "gradients", "spaces", "take_steps"]
 
 STEP, MOMENTUM = "step", "momentum"
-
-
-def left_right(
-    A: Tensor, B: Tensor, M_A: Tensor, M_B: Tensor, s: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """A tangent vector as a product: ``s(B·M_A + M_B·A) = L·R``, L = s[B, M_B], R = [M_A; A].
-
-    >>> A, B = torch.ones(1, 1, 2), torch.ones(1, 3, 1)
-    >>> L, R = left_right(A, B, 2 * A, 3 * B, 0.5)
-    >>> (L @ R)[0]
-    tensor([[2.5000, 2.5000],
-            [2.5000, 2.5000],
-            [2.5000, 2.5000]])
-    """
-    return s * torch.cat([B, M_B], -1), torch.cat([M_A, A], -2)
-
-
-def pull_back(
-    A: Tensor, B: Tensor, L: Tensor, R: Tensor, s: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """What autograd would give for a gradient ``h = L·R`` on W: ``(s·Bᵀh, s·h·Aᵀ)``, Eq. (5)."""
-    return s * ((B.mT @ L) @ R), s * (L @ (R @ A.mT))
-
-
-def transport(
-    old: tuple[Tensor, Tensor],
-    new: tuple[Tensor, Tensor],
-    M_A: Tensor,
-    M_B: Tensor,
-    *,
-    moves_A: bool = True,
-    moves_B: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Carry a tangent vector at ``old = (A, B)`` to the tangent space at ``new = (A', B')``.
-
-    The orthogonal projection of ``M = B·M_A + M_B·A``::
-
-        M_A' = S_B'⁺ B'ᵀ M          M_B' = (I − P_B') M A'ᵀ S_A'⁺
-
-    all through (r, r) products of old and new factors. A frozen factor narrows the tangent space
-    to its partner's half.
-
-    >>> A, B = torch.randn(1, 2, 5), torch.randn(1, 4, 2)
-    >>> M_A, M_B = torch.randn(1, 2, 5), torch.zeros(1, 4, 2)
-    >>> same = transport((A, B), (A, B), M_A, M_B)     # the identity where nothing has moved
-    >>> torch.allclose(same[0], M_A.double(), atol=1e-4), bool(same[1].abs().max() < 1e-4)
-    (True, True)
-    """
-    A, B, A_new, B_new = (t.double() for t in (*old, *new))
-    M_A, M_B = M_A.double(), M_B.double()
-    grad_A = (B_new.mT @ B) @ M_A + (B_new.mT @ M_B) @ A if moves_A else None
-    grad_B = B @ (M_A @ A_new.mT) + M_B @ (A @ A_new.mT) if moves_B else None
-    spec = spectrum(*new)
-    out_A, out_B = align_in(spec, A_new, B_new, grad_A, grad_B, 1.0, x="zero")
-    return (
-        torch.zeros_like(M_A) if out_A is None else out_A,
-        torch.zeros_like(M_B) if out_B is None else out_B,
-    )
 
 
 class TangentOptimizer(PairOptimizer):
@@ -102,14 +49,9 @@ class TangentOptimizer(PairOptimizer):
         raise NotImplementedError
 
     def direction(
-        self,
-        b: Bucket,
-        group: dict[str, Any],
-        M: tuple[Tensor, Tensor],
-        G: tuple[Tensor, Tensor],
-        s: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The rule: from momentum M and gradient G (tangent coordinates) to h, as (L', R')."""
+        self, group: dict[str, Any], part: list[Bucket], space: Space, M: Tangent, G: Tangent
+    ) -> Direction:
+        """The rule: from momentum M and gradient G, tangent vectors at ``space``, to h."""
         raise NotImplementedError
 
     def new_state(self, A: Tensor, B: Tensor, b: Bucket) -> None:
@@ -121,53 +63,105 @@ class TangentOptimizer(PairOptimizer):
     @torch.no_grad()
     def tangent_update(self, group: dict[str, Any]) -> None:
         """One step of every pair of a group."""
-        beta, lr = self.decay(group), group["lr"]
-        for b in buckets(group):
-            for A, B in zip(b.params_A, b.params_B, strict=True):
-                if MOMENTUM not in self.state[B]:
-                    self.new_state(A, B, b)
-                self.state[B][STEP] += 1
-            spec: Spectrum = spectrum(b.A, b.B)
-            s = torch.as_tensor(b.scaling, dtype=torch.float64, device=b.A.device)
-            s = s.expand(b.A.shape[0])[:, None, None]
-            G_A, G_B = align_in(spec, b.A, b.B, b.grad_A, b.grad_B, b.scaling, x="zero")
-            M_A, M_B = self._momentum(b)
-            G_A = torch.zeros_like(M_A) if G_A is None else G_A
-            G_B = torch.zeros_like(M_B) if G_B is None else G_B
-            M_A, M_B = M_A.lerp(G_A, 1 - beta), M_B.lerp(G_B, 1 - beta)
+        for part, space in spaces(group):
+            counters = []
+            for b in part:
+                for A, B in zip(b.params_A, b.params_B, strict=True):
+                    if MOMENTUM not in self.state[B]:
+                        self.new_state(A, B, b)
+                    counters.append(self.state[B][STEP])
+            torch._foreach_add_(counters, 1)
+            self._step(group, part, space)
 
-            L, R = self.direction(b, group, (M_A, M_B), (G_A, G_B), s)
-            h_A, h_B = pull_back(b.A.double(), b.B.double(), L, R, s)
-            d_A, d_B = align_in(
-                spec,
-                b.A,
-                b.B,
-                None if b.grad_A is None else h_A,
-                None if b.grad_B is None else h_B,
-                b.scaling,
-                x=group["x"],
+    def _step(self, group: dict[str, Any], part: list[Bucket], space: Space) -> None:
+        beta = self.decay(group)
+        G = space.project(*gradients(part, space))
+        M = self._momentum(part, space.s.dtype).lerp(G, 1 - beta)
+        d_A, d_B = space.steps(self.direction(group, part, space, M, G))
+        take_steps(part, d_A, d_B, group)
+        self._transport(part, space, M)
+
+    def _transport(self, part: list[Bucket], space: Space, M: Tangent) -> None:
+        """Carry the momentum to the new factors, exactly where float32 is not up to it."""
+        A = Wide([b.stack_A(b.params_A).to(space.s.dtype) for b in part])
+        B = Tall([b.stack_B(b.params_B).to(space.s.dtype) for b in part])
+        if isinstance(space, FastSpace):
+            new = FastSpace(A, B, space.s, "zero")
+            if new.grams.sure.all():
+                self._keep_momentum(part, new.receive(space, M))
+                return
+        for i, b in enumerate(part):
+            s = torch.ones(len(b.A), 1, 1)
+            old, to = (
+                ExactSpace(at_A.parts[i], at_B.parts[i], s, "zero", b.moves)
+                for at_A, at_B in ((space.A, space.B), (A, B))
             )
-            params, directions = b.by_parameter(d_A, d_B)
-            if group["weight_decay"]:
-                keep = max(0.0, 1 - lr * group["weight_decay"]) ** 0.5
-                torch._foreach_mul_(params, keep)
-            torch._foreach_sub_(params, torch._foreach_mul(directions, lr))
-            new = b.stack_A(b.params_A), b.stack_B(b.params_B)
-            M_A, M_B = transport(
-                (b.A, b.B),
-                new,
-                M_A,
-                M_B,
-                moves_A=b.grad_A is not None,
-                moves_B=b.grad_B is not None,
-            )
-            self._keep_momentum(b, M_A, M_B)
+            carried = to.receive(old, Tangent(Wide([M.A.parts[i]]), Tall([M.B.parts[i]])))
+            self._keep_momentum([b], carried)
 
-    def _momentum(self, b: Bucket) -> tuple[Tensor, Tensor]:
-        M_A = b.stack_A([self.state[A][MOMENTUM] for A in b.params_A])
-        M_B = b.stack_B([self.state[B][MOMENTUM] for B in b.params_B])
-        return M_A.double(), M_B.double()
+    def _momentum(self, part: list[Bucket], dtype: torch.dtype) -> Tangent:
+        A = [b.stack_A([self.state[p][MOMENTUM] for p in b.params_A]).to(dtype) for b in part]
+        B = [b.stack_B([self.state[p][MOMENTUM] for p in b.params_B]).to(dtype) for b in part]
+        return Tangent(Wide(A), Tall(B))
 
-    def _keep_momentum(self, b: Bucket, M_A: Tensor, M_B: Tensor) -> None:
-        held = [self.state[p][MOMENTUM] for p in (*b.params_A, *b.params_B)]
-        torch._foreach_copy_(held, [*b.unstack_A(M_A), *b.unstack_B(M_B)])
+    def _keep_momentum(self, part: list[Bucket], M: Tangent) -> None:
+        for b, M_A, M_B in zip(part, M.A.parts, M.B.parts, strict=True):
+            held = [self.state[p][MOMENTUM] for p in (*b.params_A, *b.params_B)]
+            torch._foreach_copy_(held, [*b.unstack_A(M_A), *b.unstack_B(M_B)])
+
+
+def gradients(part: list[Bucket], space: Space) -> tuple[Wide | None, Tall | None]:
+    """Gradients of A and of B in the precision of the space; ``None`` for a frozen factor."""
+    dtype = space.s.dtype
+    return (
+        None if part[0].grad_A is None else Wide([b.grad_A.to(dtype) for b in part]),  # type: ignore[union-attr]
+        None if part[0].grad_B is None else Tall([b.grad_B.to(dtype) for b in part]),  # type: ignore[union-attr]
+    )
+
+
+def take_steps(part: list[Bucket], d_A: Wide, d_B: Tall, group: dict[str, Any]) -> None:
+    """``A ← √(1 − γλ)·A − γ·d_A``, likewise B, where there is a gradient."""
+    lr = group["lr"]
+    for b, step_A, step_B in zip(part, d_A.parts, d_B.parts, strict=True):
+        params, directions = b.by_parameter(
+            None if b.grad_A is None else step_A, None if b.grad_B is None else step_B
+        )
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, max(0.0, 1 - lr * group["weight_decay"]) ** 0.5)
+        torch._foreach_add_(params, directions, alpha=-lr)
+
+
+def spaces(group: dict[str, Any]) -> Iterator[tuple[list[Bucket], Space]]:
+    """Yield buckets that can be stepped together, and the space they are stepped in."""
+    x = group["x"]
+    for part in in_parts(group):
+        if not part[0].fits_batched:
+            yield [part[0]], _exact(part[0], x)
+            continue
+        space = _fast(part, x)
+        if not space.grams.sure.all():
+            sure = space.grams.sure.split([len(b.A) for b in part])
+            chosen = [b.split(which) for b, which in zip(part, sure, strict=True)]
+            for _, other in chosen:
+                if other is not None:
+                    yield [other], _exact(other, x)
+            part = [b for b, _ in chosen if b is not None]
+            if not part:
+                continue
+            space = _fast(part, x)
+        yield part, space
+
+
+def _fast(part: list[Bucket], x: str) -> FastSpace:
+    A, B = Wide([b.A.float() for b in part]), Tall([b.B.float() for b in part])
+    return FastSpace(A, B, torch.cat([_scalings(b) for b in part]).float(), x)
+
+
+def _exact(b: Bucket, x: str) -> ExactSpace:
+    return ExactSpace(b.A, b.B, _scalings(b), x, b.moves)
+
+
+def _scalings(b: Bucket) -> Tensor:
+    """(k, 1, 1) in float64."""
+    s = torch.as_tensor(b.scaling, dtype=torch.float64, device=b.A.device)
+    return s.expand(len(b.A))[:, None, None]

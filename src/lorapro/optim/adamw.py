@@ -174,7 +174,7 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
             sides = self._full_directions(b, s, G_A, G_B, group)
             h_A.append(sides[0].to(G_A.dtype))
             h_B.append(sides[1].to(G_B.dtype))
-        take_steps(part, *space.align(Wide(h_A), Tall(h_B)), group)
+        take_steps(part, space, *space.align(Wide(h_A), Tall(h_B)), group)
 
     def _full_directions(
         self, b: Bucket, s: Tensor, G_A: Tensor, G_B: Tensor, group: dict[str, Any]

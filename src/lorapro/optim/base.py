@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lorapro.choices import check_choice
 from lorapro.functional import X_CHOICES
+from lorapro.optim.stacking import keep_freed_memory
 
 __all__ = ["BASE", "PAIRS", "PLAIN", "PairOptimizer"]
 
@@ -38,6 +39,7 @@ class PairOptimizer(Optimizer):
         if not defaults["weight_decay"] >= 0:
             raise ValueError(f"weight_decay is {defaults['weight_decay']}, expected 0 or more.")
         super().__init__(params, defaults)
+        keep_freed_memory()
         if not any(group["role"] == PAIRS for group in self.param_groups):
             raise ValueError(
                 "no parameter group holds LoRA pairs; build the groups with "

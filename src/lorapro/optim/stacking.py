@@ -15,11 +15,30 @@ from lorapro.factors import as_A, as_B, from_A, from_B
 from lorapro.functional import align
 from lorapro.optim.batched import align_batched
 
-__all__ = ["Bucket", "aligned_gradients", "buckets", "in_parts", "plain_gradients"]
+__all__ = [
+    "Bucket",
+    "aligned_gradients",
+    "buckets",
+    "in_one_piece",
+    "in_parts",
+    "keep_freed_memory",
+    "plain_gradients",
+]
 
 # Elements of factors and gradients that are stepped at a time. Larger parts need more temporary
 # memory; smaller ones repeat the r×r algebra more often.
 MOST_ELEMENTS = 1 << 23
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next step.
+
+    glibc returns large blocks to the system when they are freed, and each step would then pay a
+    page fault for every 4 KiB it gets anew. Its limits follow the largest block freed so far, up
+    to 32 MiB (mallopt(3), M_MMAP_THRESHOLD), so freeing one of 31 MiB, never written to, is enough.
+    Training itself usually frees larger ones. Elsewhere it does nothing.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 class Bucket(NamedTuple):
@@ -218,6 +237,27 @@ def in_parts(group: dict[str, Any]) -> Iterator[list[Bucket]]:
             part = together.setdefault(rank, [])
         part.append(b)
     yield from together.values()
+
+
+def in_one_piece(tensors: list[Tensor]) -> Tensor | None:
+    """The stack (k, …) that matrices are consecutive views of, ``None`` if they are not.
+
+    >>> stack = torch.zeros(3, 2, 5)
+    >>> in_one_piece(list(stack.unbind())).data_ptr() == stack.data_ptr()
+    True
+    >>> in_one_piece([torch.zeros(2, 5), torch.zeros(2, 5)])
+    """
+    first, last = tensors[0], tensors[-1]
+    size = first.numel() * first.element_size()
+    if (
+        first.dim() != 2
+        or not first.is_contiguous()
+        or first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr()
+        or any(t.data_ptr() != first.data_ptr() + i * size for i, t in enumerate(tensors))
+        or any(t.stride() != first.stride() for t in tensors)
+    ):
+        return None
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
 
 @torch.no_grad()

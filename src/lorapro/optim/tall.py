@@ -29,6 +29,7 @@ def _together(*stacks: Tensor) -> int:
 def gram(B: Tensor, C: Tensor) -> Tensor:
     """``Bᵀ·C`` for stacks (k, m, r).
 
+    >>> import torch
     >>> B = torch.arange(8.0).view(1, 4, 2)
     >>> torch.equal(gram(B, B), B.mT @ B)
     True
@@ -44,6 +45,7 @@ def gram(B: Tensor, C: Tensor) -> Tensor:
 def product(B: Tensor, W: Tensor, add_to: Tensor | None = None) -> Tensor:
     """``B·W`` for a stack (k, m, r) and coefficients (k, r, r), added to ``add_to`` in place.
 
+    >>> import torch
     >>> B = torch.arange(8.0).view(1, 4, 2)
     >>> total = product(B, 2 * torch.eye(2)[None])
     >>> torch.equal(product(B, -torch.eye(2)[None], total), B)

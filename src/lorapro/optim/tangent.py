@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lorapro.optim.base import PairOptimizer
 from lorapro.optim.spaces import Direction, ExactSpace, FastSpace, Space, Tangent
-from lorapro.optim.stacking import Bucket, in_parts
+from lorapro.optim.stacking import Bucket, in_one_piece, in_parts
 from lorapro.optim.stacks import Tall, Wide
 
 __all__ = ["TangentOptimizer", "gradients", "spaces", "take_steps"]
@@ -78,20 +78,20 @@ class TangentOptimizer(PairOptimizer):
         G = space.project(*gradients(part, space))
         M = self._momentum(part, space.s.dtype).lerp(G, 1 - beta)
         d_A, d_B = space.steps(self.direction(group, part, space, M, G))
-        take_steps(part, d_A, d_B, group)
-        self._transport(part, space, M)
+        self._transport(part, space, take_steps(part, space, d_A, d_B, group), M)
 
-    def _transport(self, part: list[Bucket], space: Space, M: Tangent) -> None:
+    def _transport(
+        self, part: list[Bucket], space: Space, factors: tuple[Wide, Tall], M: Tangent
+    ) -> None:
         """Carry the momentum to the new factors, exactly where float32 is not up to it."""
-        A = Wide([b.stack_A(b.params_A).to(space.s.dtype) for b in part])
-        B = Tall([b.stack_B(b.params_B).to(space.s.dtype) for b in part])
+        A, B = factors
         if isinstance(space, FastSpace):
             new = FastSpace(A, B, space.s, "zero")
             if new.grams.sure.all():
                 self._keep_momentum(part, new.receive(space, M))
                 return
         for i, b in enumerate(part):
-            s = torch.ones(len(b.A), 1, 1)
+            s = torch.ones(len(b.A), 1, 1, device=space.s.device)
             old, to = (
                 ExactSpace(at_A.parts[i], at_B.parts[i], s, "zero", b.moves)
                 for at_A, at_B in ((space.A, space.B), (A, B))
@@ -100,14 +100,22 @@ class TangentOptimizer(PairOptimizer):
             self._keep_momentum([b], carried)
 
     def _momentum(self, part: list[Bucket], dtype: torch.dtype) -> Tangent:
-        A = [b.stack_A([self.state[p][MOMENTUM] for p in b.params_A]).to(dtype) for b in part]
-        B = [b.stack_B([self.state[p][MOMENTUM] for p in b.params_B]).to(dtype) for b in part]
+        A, B = [], []
+        for b in part:
+            held_A = [self.state[p][MOMENTUM] for p in b.params_A]
+            held_B = [self.state[p][MOMENTUM] for p in b.params_B]
+            stack_A, stack_B = in_one_piece(held_A), in_one_piece(held_B)
+            A.append((b.stack_A(held_A) if stack_A is None else stack_A).to(dtype))
+            B.append((b.stack_B(held_B) if stack_B is None else stack_B).to(dtype))
         return Tangent(Wide(A), Tall(B))
 
     def _keep_momentum(self, part: list[Bucket], M: Tangent) -> None:
+        """Keep the stacks themselves, each parameter's state a view: the next step reads them."""
         for b, M_A, M_B in zip(part, M.A.parts, M.B.parts, strict=True):
-            held = [self.state[p][MOMENTUM] for p in (*b.params_A, *b.params_B)]
-            torch._foreach_copy_(held, [*b.unstack_A(M_A), *b.unstack_B(M_B)])
+            for p, kept in zip(b.params_A, b.unstack_A(M_A), strict=True):
+                self.state[p][MOMENTUM] = kept
+            for p, kept in zip(b.params_B, b.unstack_B(M_B), strict=True):
+                self.state[p][MOMENTUM] = kept
 
 
 def gradients(part: list[Bucket], space: Space) -> tuple[Wide | None, Tall | None]:
@@ -119,16 +127,30 @@ def gradients(part: list[Bucket], space: Space) -> tuple[Wide | None, Tall | Non
     )
 
 
-def take_steps(part: list[Bucket], d_A: Wide, d_B: Tall, group: dict[str, Any]) -> None:
-    """``A ← √(1 − γλ)·A − γ·d_A``, likewise B, where there is a gradient."""
-    lr = group["lr"]
-    for b, step_A, step_B in zip(part, d_A.parts, d_B.parts, strict=True):
-        params, directions = b.by_parameter(
-            None if b.grad_A is None else step_A, None if b.grad_B is None else step_B
-        )
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, max(0.0, 1 - lr * group["weight_decay"]) ** 0.5)
-        torch._foreach_add_(params, directions, alpha=-lr)
+def take_steps(
+    part: list[Bucket], space: Space, d_A: Wide, d_B: Tall, group: dict[str, Any]
+) -> tuple[Wide, Tall]:
+    """``A ← √(1 − γλ)·A − γ·d_A``, likewise B, where there is a gradient; return the factors."""
+    keep = max(0.0, 1 - group["lr"] * group["weight_decay"]) ** 0.5
+    new_A, new_B = [], []
+    for i, b in enumerate(part):
+        A, B = space.A.parts[i], space.B.parts[i]
+        if b.grad_A is not None:
+            A = _stepped(A, d_A.parts[i], keep, group["lr"], b.params_A[0].dtype)
+            torch._foreach_copy_(b.params_A, b.unstack_A(A))
+        if b.grad_B is not None:
+            B = _stepped(B, d_B.parts[i], keep, group["lr"], b.params_B[0].dtype)
+            torch._foreach_copy_(b.params_B, b.unstack_B(B))
+        new_A.append(A)
+        new_B.append(B)
+    return Wide(new_A), Tall(new_B)
+
+
+def _stepped(P: Tensor, d: Tensor, keep: float, lr: float, dtype: torch.dtype) -> Tensor:
+    """``keep·P − lr·d``, rounded to the dtype of the parameters."""
+    P = P if keep == 1 else keep * P
+    new = torch.add(P, d, alpha=-lr)
+    return new if new.dtype == dtype else new.to(dtype).to(new.dtype)
 
 
 def spaces(group: dict[str, Any]) -> Iterator[tuple[list[Bucket], Space]]:

@@ -24,6 +24,8 @@ from lorapro.experiments.data import load_rows
 from lorapro.factors import find_pairs
 from lorapro.optim.batched import MOST_CONDITION
 
+MOST = MOST_CONDITION[torch.float32]
+
 QUANTILES = (0.1, 0.5, 0.9, 1.0)
 BATCH, LENGTH = 4, 128
 
@@ -41,7 +43,7 @@ def row(label: str, all_B: Iterable[Tensor]) -> dict[str, Any]:
     """Quantiles of the condition, and the number of pairs that take the exact path for it."""
     sigma = [torch.linalg.svdvals(B.detach().double()) for B in all_B]
     condition = torch.stack([s[0] / s[-1] for s in sigma])
-    beyond = sum(bool((s**2).norm() * (s**-2).norm() > MOST_CONDITION[torch.float32]) for s in sigma)
+    beyond = sum(bool((s**2).norm() * (s**-2).norm() > MOST) for s in sigma)
     found = torch.quantile(condition, torch.tensor(QUANTILES).double()).tolist()
     return {"name": label, "quantiles": found, "beyond": beyond, "pairs": len(sigma)}
 

@@ -71,7 +71,8 @@ def test_rates_are_tuned_on_the_first_seed_and_nothing_is_done_twice(values, tmp
     assert losses[0] == losses[1]
     saved = json.loads((folder / "results.json").read_text())
     assert saved["methods"] == repaired["methods"]
-    assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for figure in ("curves.png", "learning_rates.png"):
+        assert (folder / figure).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     table = (folder / "table.md").read_text()
     assert all(f"| {label} |" in table for label in chosen)
     assert "over 2 seeds" in table

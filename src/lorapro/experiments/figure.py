@@ -1,4 +1,4 @@
-"""The loss-curve figure of a comparison."""
+"""The figures of a comparison: loss curves, and validation loss against the learning rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_curves", "read_curve", "smooth", "spread_labels"]
+__all__ = ["draw_curves", "draw_rates", "read_curve", "smooth", "spread_labels"]
 
 # Okabe and Ito's palette, told apart with every common colour-vision deficiency; line styles
 # repeat the distinction in grey print.
@@ -93,7 +93,7 @@ def draw_curves(folder: Path, summary: dict[str, Any], target: Path) -> None:
     ):
         ends: list[tuple[str, float, float, str]] = []
         for number, row in enumerate(summary["methods"]):
-            color, style = COLORS[number % len(COLORS)], STYLES[number % len(STYLES)]
+            color, style = _look(number)
             steps, values = _mean_curve([folder / name for name in row["folders"]], column)
             if not steps:
                 continue
@@ -108,15 +108,74 @@ def draw_curves(folder: Path, summary: dict[str, Any], target: Path) -> None:
     figure.suptitle(
         f"{task}, rank {rank}: each method at its own learning rate", color=INK, x=0.01, ha="left"
     )
+    _save(figure, target)
+
+
+def draw_rates(summary: dict[str, Any], target: Path) -> bool:
+    """Draw validation loss against the learning rate, the first seed of each method.
+
+    Filled points are the chosen rates. Losses above one and a half times the worst chosen one,
+    and diverged runs, lie beyond the upper edge.
+
+    Returns:
+        Whether there was anything to draw: a method with two rates or more.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    seed = summary["seeds"][0]
+    lines = []
+    for number, row in enumerate(summary["methods"]):
+        tried = {
+            t["learning_rate"]: t["validation_loss"] for t in row["tried"] if t["seed"] == seed
+        }
+        if len(tried) > 1:
+            lines.append((row, sorted(tried.items()), *_look(number)))
+    if not lines:
+        return False
+    figure = Figure(figsize=(9, 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    chosen = [dict(points)[row["learning_rate"]] for row, points, _, _ in lines]
+    finite = [loss for loss in chosen if math.isfinite(loss)] or [1.0]
+    top = 1.5 * max(finite)
+    ends = []
+    for row, points, color, style in lines:
+        rates = [rate for rate, _ in points]
+        losses = [min(loss, 1.2 * top) if math.isfinite(loss) else 1.2 * top for _, loss in points]
+        axes.plot(rates, losses, style, color=color, marker="o", markersize=4, markerfacecolor="w")
+        best = rates.index(row["learning_rate"])
+        axes.plot(rates[best], losses[best], "o", color=color, markersize=6)
+        ends.append((row["label"], rates[-1], min(losses[-1], top), color))
+    axes.set_xscale("log")
+    axes.set_ylim(0.97 * min(finite), top)
+    title = "Validation loss against the learning rate (first seed)"
+    _finish(axes, title, ends, x_label="learning rate")
+    figure.suptitle(
+        f"{summary['task']}, rank {summary['rank']}", color=INK, x=0.01, ha="left", fontsize=11
+    )
+    _save(figure, target)
+    return True
+
+
+def _look(number: int) -> tuple[str, str]:
+    """Colour and line style of the method of that number, not repeated for sixteen methods."""
+    again = number // len(COLORS)
+    return COLORS[number % len(COLORS)], STYLES[(number + again) % len(STYLES)]
+
+
+def _save(figure: Any, target: Path) -> None:
     scratch = target.with_name(target.name + ".part")
     figure.savefig(scratch, format="png", facecolor="white")
     scratch.replace(target)
 
 
-def _finish(axes: Any, title: str, ends: list[tuple[str, float, float, str]]) -> None:
+def _finish(
+    axes: Any, title: str, ends: list[tuple[str, float, float, str]], x_label: str = "step"
+) -> None:
     """Name the lines at their ends and take away what does not carry data."""
     axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.set_xlabel("step", color=INK)
+    axes.set_xlabel(x_label, color=INK)
     axes.tick_params(colors=INK, length=3)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""A comparison's report: table (terminal and Markdown), loss-curve figure, JSON."""
+"""A comparison's report: table (terminal and Markdown), figures, JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorapro.experiments.figure import draw_curves
+from lorapro.experiments.figure import draw_curves, draw_rates
 from lorapro.experiments.folders import write_json, write_text
 
 __all__ = ["FIGURE", "print_report", "table_cells", "write"]
 
-FIGURE, TABLE, RESULTS = "curves.png", "table.md", "results.json"
+FIGURE, RATES, TABLE, RESULTS = "curves.png", "learning_rates.png", "table.md", "results.json"
 
 
 def _number(summary: dict[str, Any] | None, digits: int) -> str:
@@ -85,8 +85,10 @@ def _markdown(summary: dict[str, Any]) -> str:
 
 
 def write(folder: Path, summary: dict[str, Any]) -> None:
-    """Write figure, table and JSON into ``folder``."""
+    """Write figures, table and JSON into ``folder``."""
     draw_curves(folder, summary, folder / FIGURE)
+    if not draw_rates(summary, folder / RATES):
+        (folder / RATES).unlink(missing_ok=True)
     write_text(folder / TABLE, _markdown(summary))
     write_json(folder / RESULTS, summary)
 
@@ -107,6 +109,8 @@ def print_report(folder: Path, summary: dict[str, Any], console: Console) -> Non
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print()
     console.print(f"Loss curves: {folder / FIGURE}", highlight=False, soft_wrap=True)
+    if (folder / RATES).is_file():
+        console.print(f"Rates tried: {folder / RATES}", highlight=False, soft_wrap=True)
     console.print(f"Table:       {folder / TABLE}", highlight=False, soft_wrap=True)
     for row in summary["methods"]:
         for kind, name in row["saved"].items():

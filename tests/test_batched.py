@@ -139,3 +139,27 @@ def test_conjugate_gradients_solve_the_sylvester_equation(cond_Q):
     Y = solve_sylvester(P, Q, K)
     residual = (P @ Y + Y @ Q - K).norm(dim=(-2, -1)) / K.norm(dim=(-2, -1))
     assert float(residual.max()) < 0.02
+
+
+@pytest.mark.parametrize("optimizer", ["LoraProSGD", "LoraProAdamW", "LoraProMuon"])
+def test_channels_last_factors_of_a_convolution(optimizer):
+    """``model.to(memory_format=torch.channels_last)`` reorders the memory of 4-d factors."""
+
+    def run(memory_format):
+        generator = torch.Generator().manual_seed(0)
+        pairs = []
+        for i in range(2):
+            A = 0.2 * torch.randn(4, 3, 3, 3, generator=generator)
+            B = 0.3 * torch.randn(8, 4, 1, 1, generator=generator)
+            A, B = (nn.Parameter(t.to(memory_format=memory_format)) for t in (A, B))
+            pairs.append(LoraPair(str(i), A, B, 2.0))
+        made = getattr(lorapro, optimizer)(lorapro.lora_param_groups(None, pairs=pairs), lr=1e-2)
+        for _ in range(3):
+            for p in (q for pair in pairs for q in (pair.A, pair.B)):
+                p.grad = torch.randn(p.shape, generator=generator).to(memory_format=memory_format)
+            made.step()
+        return [p.detach() for pair in pairs for p in (pair.A, pair.B)]
+
+    ends = (run(f) for f in (torch.contiguous_format, torch.channels_last))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b)

@@ -130,3 +130,58 @@ def test_a_run_goes_on_from_its_state(rule):
         again.step()
     for end, p in zip(ends, (q for pair in pairs for q in (pair.A, pair.B)), strict=True):
         assert torch.equal(end, p.detach())
+
+
+@every_rule
+@pytest.mark.parametrize("layout", ["experts", "groups"])
+@pytest.mark.parametrize("r", [1, 3])
+def test_blocks_of_one_parameter_step_as_pairs_of_their_own(rule, layout, r):
+    generator = torch.Generator().manual_seed(0)
+    k, m, n = 3, 12, 10
+    blocks = [a_pair(str(i), m, n, r, 3.0, 0.5, generator) for i in range(2 * k)]
+    held = []
+    for each in (blocks[:k], blocks[k:]):
+        A = torch.cat([pair.A.detach() for pair in each])
+        B = torch.stack([pair.B.detach() for pair in each])
+        B = B.permute(1, 2, 0).reshape(m, r * k) if layout == "experts" else B.flatten(0, 1)
+        name, scaling = each[0].name, each[0].scaling
+        held.append(LoraPair(name, nn.Parameter(A), nn.Parameter(B), scaling, layout, k))
+    single, several = (
+        RULES[rule](lorapro.lora_param_groups(None, pairs=p)) for p in (blocks, held)
+    )
+    for _ in range(4):
+        for pair in blocks:
+            feed_dense_gradient(pair, torch.randn(m, n, generator=generator))
+        for i, pair in enumerate(held):
+            each = blocks[k * i : k * (i + 1)]
+            pair.A.grad = torch.cat([one.A.grad for one in each])
+            B = torch.stack([one.B.grad for one in each])
+            B = B.permute(1, 2, 0) if layout == "experts" else B
+            pair.B.grad = B.reshape(pair.B.shape)
+        single.step()
+        several.step()
+    for i, pair in enumerate(held):
+        for block, A, B in zip(blocks[k * i :], *pair.matrices(pair.A, pair.B), strict=False):
+            torch.testing.assert_close(A, block.A, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(B, block.B, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["factored", "muon"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_momentum_is_carried_where_a_factor_has_no_full_rank(rule, rank):
+    """The first step from B = 0 along a gradient of low rank; a projection lengthens nothing."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [a_pair(str(i), 24, 20, 4, 1.0, 0.0, generator) for i in range(3)]
+    optimizer = RULES[rule](lorapro.lora_param_groups(None, pairs=pairs))
+    goals = []
+    for pair in pairs:
+        left, right = (torch.randn(size, rank, generator=generator) for size in pair.shape)
+        goals.append(left @ right.T)
+        feed_dense_gradient(pair, goals[-1])
+    optimizer.step()
+    for pair, G in zip(pairs, goals, strict=True):
+        A, B = pair.A.detach(), pair.B.detach()
+        M_A, M_B = (optimizer.state[p]["momentum"] for p in (pair.A, pair.B))
+        weight = {"factored": 0.1, "muon": 0.05}[rule]
+        carried = pair.scaling * (B @ M_A + M_B @ A)
+        assert float(carried.norm()) <= 1.001 * weight * float(G.norm())

@@ -44,7 +44,11 @@ class AdamRule:
         for p, s in zip(params, states, strict=True):
             if not s:
                 s.update(new_adam_state(p))
-        on_cpu = all(p.device.type == "cpu" for p in params)
+        # The fused kernel goes through memory in order, whatever the strides.
+        fits_fused = all(
+            p.device.type == "cpu" and p.is_contiguous() and g.is_contiguous()
+            for p, g in zip(params, grads, strict=True)
+        )
         adamw(
             params,
             grads,
@@ -52,7 +56,7 @@ class AdamRule:
             [s[EXP_AVG_SQ] for s in states],
             [],
             [s[STEP] for s in states],
-            fused=on_cpu or None,  # elsewhere torch picks, with the step counters on the host
+            fused=fits_fused or None,  # elsewhere torch picks, with the step counters on the host
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

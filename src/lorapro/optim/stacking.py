@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
     to 32 MiB (mallopt(3), M_MMAP_THRESHOLD), so freeing one of 31 MiB, never written to, is enough.
     Training itself usually frees larger ones. Elsewhere it does nothing.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 class Bucket(NamedTuple):
@@ -194,7 +194,7 @@ def _bucket(
         mixed: list[Any] = [t for i in members for t in (grads[2 * i], params[2 * i])]
         if layout == "matrix":
             r = params_A[0].shape[0]
-            both = torch.cat(mixed).view(len(members), 2 * r, -1)
+            both = torch.cat(mixed).reshape(len(members), 2 * r, -1)  # channels_last: a copy
         else:
             pairs = zip(mixed[::2], mixed[1::2], strict=True)
             both = torch.cat(
@@ -214,7 +214,7 @@ def _stack(tensors: list[Any], layout: str, blocks: int, view: Any) -> Tensor:
     if layout == "matrix":
         first = tensors[0]
         stacked = torch.cat(tensors)
-        return stacked.view(len(tensors), first.shape[0], -1).detach()
+        return stacked.reshape(len(tensors), first.shape[0], -1).detach()
     return torch.cat([view(t.detach(), layout, blocks) for t in tensors])
 
 

@@ -92,8 +92,10 @@ class TangentOptimizer(PairOptimizer):
                 return
         for i, b in enumerate(part):
             s = torch.ones(len(b.A), 1, 1, device=space.s.device)
-            old, to = (
-                ExactSpace(at_A.parts[i], at_B.parts[i], s, "zero", b.moves)
+            old, to = (  # in the dtype of the parameters, whose rounding says what rank they have
+                ExactSpace(
+                    at_A.parts[i].to(b.A.dtype), at_B.parts[i].to(b.B.dtype), s, "zero", b.moves
+                )
                 for at_A, at_B in ((space.A, space.B), (A, B))
             )
             carried = to.receive(old, Tangent(Wide([M.A.parts[i]]), Tall([M.B.parts[i]])))
@@ -104,7 +106,9 @@ class TangentOptimizer(PairOptimizer):
         for b in part:
             held_A = [self.state[p][MOMENTUM] for p in b.params_A]
             held_B = [self.state[p][MOMENTUM] for p in b.params_B]
-            stack_A, stack_B = in_one_piece(held_A), in_one_piece(held_B)
+            stack_A = stack_B = None
+            if b.layout == "matrix":  # elsewhere a parameter holds several matrices
+                stack_A, stack_B = in_one_piece(held_A), in_one_piece(held_B)
             A.append((b.stack_A(held_A) if stack_A is None else stack_A).to(dtype))
             B.append((b.stack_B(held_B) if stack_B is None else stack_B).to(dtype))
         return Tangent(Wide(A), Tall(B))

@@ -163,3 +163,45 @@ def test_channels_last_factors_of_a_convolution(optimizer):
     ends = (run(f) for f in (torch.contiguous_format, torch.channels_last))
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_steady_moments_do_not_remember_how_small_B_was():
+    # From B = 0, the same gradient at every step: what Adam holds of A against what it is given.
+    def held_over_given(steady):
+        generator = torch.Generator().manual_seed(0)
+        pair = a_pair("w", 40, 32, 4, 2.0, 1.0, generator)
+        with torch.no_grad():
+            pair.B.zero_()
+        groups = lorapro.lora_param_groups(None, pairs=[pair])
+        optimizer = lorapro.LoraProAdamW(groups, lr=1e-3, steady=steady)
+        goal = torch.randn(pair.shape, generator=generator)
+        for _ in range(100):
+            feed_dense_gradient(pair, goal + 0.5 * torch.randn(pair.shape, generator=generator))
+            optimizer.step()
+        state = optimizer.state[pair.A]
+        root = (state["exp_avg_sq"].mean() / (1 - 0.999**100)) ** 0.5
+        for part in aligned_gradients(optimizer.param_groups[0], "sylvester", steady=steady):
+            given = next(d for p, d in zip(*part, strict=True) if p is pair.A)
+        return float(root / given.square().mean() ** 0.5)
+
+    assert held_over_given(steady=True) < 2
+    assert held_over_given(steady=False) > 5
+
+
+def test_steady_is_for_efficient_mode_and_its_state_is_its_own():
+    generator = torch.Generator().manual_seed(0)
+    groups = [
+        lorapro.lora_param_groups(None, pairs=[a_pair("w", 8, 6, 2, 2.0, 1.0, generator)])
+        for _ in range(3)
+    ]
+    with pytest.raises(ValueError, match="steady=True is for mode='efficient', found mode='full'"):
+        lorapro.LoraProAdamW(groups[0], steady=True, mode="full")
+    optimizers = [
+        lorapro.LoraProAdamW(g, steady=s) for g, s in zip(groups[1:], (False, True), strict=True)
+    ]
+    for optimizer in optimizers:
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    with pytest.raises(ValueError, match="'efficient', steady, this optimizer runs"):
+        optimizers[0].load_state_dict(optimizers[1].state_dict())

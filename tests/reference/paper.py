@@ -54,8 +54,18 @@ class Sgd:
 class Efficient:
     """Algorithm 2."""
 
-    def __init__(self, A, B, s, x="sylvester", betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        self.A, self.B, self.s, self.x = A.copy(), B.copy(), s, x
+    def __init__(
+        self,
+        A,
+        B,
+        s,
+        x="sylvester",
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        steady=False,
+    ):
+        self.A, self.B, self.s, self.x, self.steady = A.copy(), B.copy(), s, x, steady
         self.betas, self.eps, self.weight_decay, self.t = betas, eps, weight_decay, 0
         self.m = [np.zeros_like(A), np.zeros_like(B)]
         self.v = [np.zeros_like(A), np.zeros_like(B)]
@@ -65,6 +75,9 @@ class Efficient:
         b1, b2 = self.betas
         new = []
         d = theorem_2_1(self.A, self.B, g_A, g_B, self.s, self.x)
+        if self.steady:  # not in the paper
+            size = self.s * np.linalg.norm(self.B) / np.sqrt(len(self.A))
+            d = size * d[0], d[1]
         for i, (p, g) in enumerate(zip((self.A, self.B), d, strict=True)):
             self.m[i] = b1 * self.m[i] + (1 - b1) * g
             self.v[i] = b2 * self.v[i] + (1 - b2) * g * g

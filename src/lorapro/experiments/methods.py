@@ -106,6 +106,13 @@ METHODS: dict[str, Method] = {
             optimizer=aligned(mode="efficient"),
         ),
         Method(
+            "lora-pro-steady",
+            "LoRA-Pro, efficient mode with steady moments, scaling alpha/sqrt(r)",
+            5e-4,
+            adapter=RANK_STABILIZED,
+            optimizer=aligned(mode="efficient", steady=True),
+        ),
+        Method(
             "lora-pro-full",
             "LoRA-Pro, full mode, scaling alpha/sqrt(r)",
             3e-4,

@@ -40,6 +40,11 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
     means of g̃∘g̃ (``lorapro.optim.tangent``); no (m, n) tensor is ever formed. The paper prints
     ``v̂ = v/(1 − β1ᵗ)`` in Algorithm 2; it is β2.
 
+    ``steady=True`` mends how efficient mode starts (ours). From ``B = 0``, d_A is first of the size
+    of 1/‖B‖, and Adam's second moment remembers that for about 1/(1 − β2) steps, in which A hardly
+    moves. The moments of A then see ``(s·‖B‖_F/√r)·d_A``, whose size does not depend on B's. The
+    equivalent gradient is the same; only Adam's memory of its sizes differs.
+
     Weight decay λ in efficient mode acts on A and B, in factored mode on their product,
     ``s·B·A ← (1 − γλ)·s·B·A``. In full mode it acts on W, Eq. (58):
     ``W0 ← (1 − γλ)W0``, ``A ← √(1 − γλ)·A``, ``B ← √(1 − γλ)·B``, with γ the current learning
@@ -57,6 +62,7 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         weight_decay: λ.
         mode: ``"efficient"``, ``"full"`` or ``"factored"``.
         x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``, see :func:`lorapro.functional.align`.
+        steady: moments of A in units of its partner; efficient mode only.
 
     Raises:
         ValueError: an argument out of range, an unknown mode or x, groups without pairs, or weight
@@ -82,6 +88,7 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         weight_decay: float = 0.0,
         mode: str = "efficient",
         x: str = "sylvester",
+        steady: bool = False,
     ) -> None:
         self.check_adam(betas, eps)
         defaults = {
@@ -91,12 +98,16 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
             "weight_decay": weight_decay,
             "mode": mode,
             "x": x,
+            "steady": steady,
         }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see :class:`PairOptimizer`; an unknown mode is a ``ValueError``."""
-        check_choice("mode", param_group.get("mode", self.defaults["mode"]), MODES)
+        mode, steady = (param_group.get(k, self.defaults[k]) for k in ("mode", "steady"))
+        check_choice("mode", mode, MODES)
+        if steady and mode != "efficient":
+            raise ValueError(f"steady=True is for mode='efficient', found mode={mode!r}.")
         super().add_param_group(param_group)
 
     def bases_to_move(self, group: dict[str, Any], bases: list[Any]) -> list[Any]:
@@ -123,7 +134,7 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         if group["role"] != PAIRS:
             self.adamw_update(*plain_gradients(group), group)
         elif group["mode"] == "efficient":
-            for params, directions in aligned_gradients(group, group["x"]):
+            for params, directions in aligned_gradients(group, group["x"], steady=group["steady"]):
                 self.adamw_update(params, directions, group)
         elif group["mode"] == "factored":
             self.tangent_update(group)

@@ -155,7 +155,7 @@ class PairOptimizer(Optimizer):
 def _rule(group: dict[str, Any]) -> str:
     """Which rule keeps the state of a group of pairs; torch's own AdamW and SGD are known too."""
     if "mode" in group:
-        return f"AdamW, mode {group['mode']!r}"
+        return f"AdamW, mode {group['mode']!r}" + (", steady" if group.get("steady") else "")
     if "betas" in group:
         return "Muon" if "momentum" in group else "AdamW, mode 'efficient'"
     return "SGD"

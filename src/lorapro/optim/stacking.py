@@ -261,30 +261,38 @@ def in_one_piece(tensors: list[Tensor]) -> Tensor | None:
 
 
 @torch.no_grad()
-def aligned_gradients(group: dict[str, Any], x: str) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield (parameters, aligned gradients) of a pairs group, part by part."""
+def aligned_gradients(
+    group: dict[str, Any], x: str, *, steady: bool = False
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield (parameters, aligned gradients) of a pairs group, part by part.
+
+    With ``steady`` d_A comes in units of its partner, ``(s·‖B‖/√r)·d_A``.
+    """
     for part in in_parts(group):
-        if part[0].fits_batched:
-            yield _aligned(part, x)
-        else:
-            (b,) = part
-            yield b.by_parameter(*align(b.A, b.B, b.grad_A, b.grad_B, b.scaling, x=x))
+        params: list[Tensor] = []
+        directions: list[Tensor] = []
+        for b, (d_A, d_B) in zip(part, _aligned(part, x), strict=True):
+            if steady and d_A is not None:
+                d_A = d_A * _partner_size(b).to(d_A.dtype)
+            p, d = b.by_parameter(d_A, d_B)
+            params += p
+            directions += d
+        yield params, directions
 
 
-def _aligned(part: list[Bucket], x: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Align buckets of one rank with their r×r algebra in common."""
-    params: list[Tensor] = []
-    directions: list[Tensor] = []
-    aligned = align_batched(
-        [(b.both_A, b.B, b.grad_B) for b in part],  # type: ignore[misc]
-        [b.scaling for b in part],
-        x,
-    )
-    for b, (d_A, d_B) in zip(part, aligned, strict=True):
-        p, d = b.by_parameter(d_A, d_B)
-        params += p
-        directions += d
-    return params, directions
+def _aligned(part: list[Bucket], x: str) -> list[Any]:
+    """Align buckets of one rank with their r×r algebra in common, or a single one exactly."""
+    if part[0].fits_batched:
+        stacks: list[Any] = [(b.both_A, b.B, b.grad_B) for b in part]
+        return align_batched(stacks, [b.scaling for b in part], x)
+    return [align(b.A, b.B, b.grad_A, b.grad_B, b.scaling, x=x) for b in part]
+
+
+def _partner_size(b: Bucket) -> Tensor:
+    """``s·‖B‖_F/√r``, (k, 1, 1), float32 at least."""
+    B = b.B.to(torch.promote_types(b.B.dtype, torch.float32))
+    size = B.norm(dim=(-2, -1), keepdim=True) / B.shape[-1] ** 0.5
+    return size * (b.scaling[:, None, None] if isinstance(b.scaling, Tensor) else b.scaling)
 
 
 def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

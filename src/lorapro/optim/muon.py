@@ -6,7 +6,7 @@ L (k, m, 2r) and R (k, 2r, n) the two sides of a tangent vector ``L·R``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ from lorapro.optim.base import PAIRS
 from lorapro.optim.polar import polar_core, polar_factor
 from lorapro.optim.spaces import Direction, ExactSpace, FastSpace, Space, Tangent
 from lorapro.optim.stacking import Bucket, plain_gradients
-from lorapro.optim.stacks import Tall, Wide
+from lorapro.optim.stacks import Stack, Tall, Wide
 from lorapro.optim.tangent import TangentOptimizer
 
 __all__ = ["LoraProMuon"]
+
+# Added to the squared singular values of the momentum, relative to their sum: more than what
+# rounding takes away from those that are zero (gradients of low rank: few tokens, padding).
+RIDGE = 3e-7
 
 
 class LoraProMuon(AdamRule, TangentOptimizer):
@@ -117,12 +121,24 @@ class LoraProMuon(AdamRule, TangentOptimizer):
             U, Vt = polar_factor(s * L, torch.cat([N.A.parts[0], A.parts[0]], -2))
             return Direction((Tall([size * U]),), (Wide([Vt]),))
         assert isinstance(space, FastSpace)
-        LL = _gram(space.grams.S_B, B.dot(N.B), N.B.dot(N.B))
-        RR = _gram(N.A.dot(N.A), N.A.dot(A), space.grams.S_A)
-        core = polar_core(LL, RR)  # the scaling s drops out
-        return Direction((B, N.B), (N.A, A), size * core)
+        # In these coordinates no side is longer than N, however ill-conditioned A and B are.
+        to_A, to_B = (torch.linalg.cholesky_ex(S)[0] for S in (space.grams.S_A, space.grams.S_B))
+        eye = torch.eye(to_A.shape[-1], dtype=s.dtype, device=s.device).expand_as(to_A)
+        from_A, from_B = (torch.linalg.solve_triangular(C, eye, upper=False) for C in (to_A, to_B))
+        left = Tall.combine([(B, from_B.mT)]), Tall.combine([(N.B, to_A)])
+        right = Wide.combine([(to_B.mT, N.A)]), Wide.combine([(from_A, A)])
+        LL, RR = _gram(left, Tall.dot), _gram(right, Wide.dot)  # the scaling s drops out
+        r = eye.shape[-1]
+        squares = [T.diagonal(dim1=-2, dim2=-1) for T in (LL[:, r:, r:], RR[:, :r, :r])]
+        lift = RIDGE * torch.cat(squares, -1).sum(-1, keepdim=True)  # of ‖N‖²
+        for diagonal in squares:
+            diagonal.add_(lift)
+        return Direction(left, right, size * polar_core(LL, RR))
 
 
-def _gram(first: Tensor, across: Tensor, second: Tensor) -> Tensor:
-    """[[first, across], [acrossᵀ, second]]."""
-    return torch.cat([torch.cat([first, across], -1), torch.cat([across.mT, second], -1)], -2)
+def _gram(sides: tuple[Stack, Stack], dot: Callable[[Stack, Stack], Tensor]) -> Tensor:
+    """Products of two sides with one another, (k, 2r, 2r)."""
+    one, two = sides
+    across = dot(one, two)
+    rows = torch.cat([dot(one, one), across], -1), torch.cat([across.mT, dot(two, two)], -1)
+    return torch.cat(rows, -2)

@@ -51,21 +51,23 @@ def polar_core(LL: Tensor, RR: Tensor) -> Tensor:
     """Y with ``L·Y·R`` the polar factor of ``L·R``, from ``LᵀL`` and ``R·Rᵀ`` alone.
 
     Newton-Schulz steps for ``N = L·Y·R`` act on Y: ``N·Nᵀ·N = L·(Y·RRᵀ·Yᵀ·LᵀL)·Y·R``. Nothing is
-    inverted, so deficient ranks need no care. Singular values down to about 1e-3 of
-    ``‖L·R‖_F`` are brought to 1; smaller ones, which a float32 Gram matrix does not resolve, come
-    out smaller than 1.
+    inverted, so deficient ranks need no care, but an eigenvalue of LL·RR that rounding made
+    negative grows without bound: the steps are taken in float64, and what enters has to be lifted
+    above its own rounding. Singular values down to about 1e-3 of ``‖L·R‖_F`` are brought to 1;
+    smaller ones come out smaller than 1.
 
     Args:
         LL: (k, p, p).
         RR: (k, p, p).
 
     Returns:
-        (k, p, p).
+        (k, p, p), in the dtype of LL.
 
     >>> Y = polar_core(torch.tensor([[[25.0]]]), torch.tensor([[[4.0]]]))
     >>> round(float(Y), 4)                                  # 1 / (5·2)
     0.1
     """
+    dtype, LL, RR = LL.dtype, LL.double(), RR.double()
     size = (LL * RR.mT).sum((-2, -1), keepdim=True).clamp_min(0.0).sqrt()  # ‖L·R‖_F
     size = torch.where(size > 0, size, 1.0)
     LL, RR = LL / size, RR / size  # with Y = I, L·Y·R now has norm 1
@@ -74,4 +76,4 @@ def polar_core(LL: Tensor, RR: Tensor) -> Tensor:
         T = (Y @ RR @ Y.mT) @ LL
         TY = T @ Y
         Y = torch.add(a * Y, torch.baddbmm(TY, T, TY, beta=b, alpha=c))
-    return Y / size
+    return (Y / size).to(dtype)

@@ -19,7 +19,6 @@ __all__ = [
     "Bucket",
     "aligned_gradients",
     "buckets",
-    "in_one_piece",
     "in_parts",
     "keep_freed_memory",
     "plain_gradients",
@@ -237,27 +236,6 @@ def in_parts(group: dict[str, Any]) -> Iterator[list[Bucket]]:
             part = together.setdefault(rank, [])
         part.append(b)
     yield from together.values()
-
-
-def in_one_piece(tensors: list[Tensor]) -> Tensor | None:
-    """The stack (k, …) that matrices are consecutive views of, ``None`` if they are not.
-
-    >>> stack = torch.zeros(3, 2, 5)
-    >>> in_one_piece(list(stack.unbind())).data_ptr() == stack.data_ptr()
-    True
-    >>> in_one_piece([torch.zeros(2, 5), torch.zeros(2, 5)])
-    """
-    first, last = tensors[0], tensors[-1]
-    size = first.numel() * first.element_size()
-    if (
-        first.dim() != 2
-        or not first.is_contiguous()
-        or first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr()
-        or any(t.data_ptr() != first.data_ptr() + i * size for i, t in enumerate(tensors))
-        or any(t.stride() != first.stride() for t in tensors)
-    ):
-        return None
-    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
 
 @torch.no_grad()

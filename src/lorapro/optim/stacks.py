@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorapro.optim.tall import gram, product
 
-__all__ = ["Tall", "Wide", "split"]
+__all__ = ["Stack", "Tall", "Wide", "fill_their_memory", "in_one_piece", "split"]
 
 Stack = TypeVar("Stack", "Wide", "Tall")
 
@@ -92,3 +92,35 @@ class Tall:
             for i, (part, w) in enumerate(zip(stack.parts, split(W, stack), strict=True)):
                 out[i] = product(part, w, out[i])
         return Tall([total for total in out if total is not None])
+
+
+def in_one_piece(tensors: list[Tensor]) -> Tensor | None:
+    """The stack (k, …) that matrices are consecutive views of, ``None`` if they are not.
+
+    >>> stack = torch.zeros(3, 2, 5)
+    >>> in_one_piece(list(stack.unbind())).data_ptr() == stack.data_ptr()
+    True
+    >>> in_one_piece([torch.zeros(2, 5), torch.zeros(2, 5)])
+    """
+    first, last = tensors[0], tensors[-1]
+    size = first.numel() * first.element_size()
+    if (
+        first.dim() != 2
+        or not first.is_contiguous()
+        or first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr()
+        or any(t.data_ptr() != first.data_ptr() + i * size for i, t in enumerate(tensors))
+        or any(t.stride() != first.stride() for t in tensors)
+    ):
+        return None
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+
+
+def fill_their_memory(tensors: list[Tensor]) -> bool:
+    """Whether nothing but these tensors is in the memory they are views of.
+
+    >>> stack = torch.zeros(3, 2, 5)
+    >>> fill_their_memory(list(stack)), fill_their_memory(list(stack[:2]))
+    (True, False)
+    """
+    memory = {(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors}
+    return sum(memory.values()) == sum(t.nbytes for t in tensors)

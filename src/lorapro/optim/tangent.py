@@ -30,8 +30,8 @@ from torch import Tensor
 
 from lorapro.optim.base import PairOptimizer
 from lorapro.optim.spaces import Direction, ExactSpace, FastSpace, Space, Tangent
-from lorapro.optim.stacking import Bucket, in_one_piece, in_parts
-from lorapro.optim.stacks import Tall, Wide
+from lorapro.optim.stacking import Bucket, in_parts
+from lorapro.optim.stacks import Tall, Wide, fill_their_memory, in_one_piece
 
 __all__ = ["TangentOptimizer", "gradients", "spaces", "take_steps"]
 
@@ -114,12 +114,19 @@ class TangentOptimizer(PairOptimizer):
         return Tangent(Wide(A), Tall(B))
 
     def _keep_momentum(self, part: list[Bucket], M: Tangent) -> None:
-        """Keep the stacks themselves, each parameter's state a view: the next step reads them."""
+        """Keep the stacks themselves, each parameter's state a view: the next step reads them.
+
+        Where others still hold a view of the memory of these states, which would be kept alive
+        beside the new one, they are written in place.
+        """
         for b, M_A, M_B in zip(part, M.A.parts, M.B.parts, strict=True):
-            for p, kept in zip(b.params_A, b.unstack_A(M_A), strict=True):
-                self.state[p][MOMENTUM] = kept
-            for p, kept in zip(b.params_B, b.unstack_B(M_B), strict=True):
-                self.state[p][MOMENTUM] = kept
+            for params, new in ((b.params_A, b.unstack_A(M_A)), (b.params_B, b.unstack_B(M_B))):
+                held = [self.state[p][MOMENTUM] for p in params]
+                if fill_their_memory(held):
+                    for p, kept in zip(params, new, strict=True):
+                        self.state[p][MOMENTUM] = kept
+                else:
+                    torch._foreach_copy_(held, new)
 
 
 def gradients(part: list[Bucket], space: Space) -> tuple[Wide | None, Tall | None]:

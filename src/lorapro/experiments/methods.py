@@ -103,7 +103,7 @@ METHODS: dict[str, Method] = {
             "LoRA-Pro, efficient mode, scaling alpha/sqrt(r)",
             1e-3,
             adapter=RANK_STABILIZED,
-            optimizer=aligned(mode="efficient"),
+            optimizer=aligned(mode="efficient", steady=False),
         ),
         Method(
             "lora-pro-steady",

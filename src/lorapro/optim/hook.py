@@ -24,6 +24,7 @@ def align_gradients(
     model: nn.Module | None,
     x: str = "sylvester",
     *,
+    steady: bool = False,
     adapter: str | None = None,
     pairs: Iterable[LoraPair] | None = None,
     on_unaligned: str = "error",
@@ -39,6 +40,8 @@ def align_gradients(
         optimizer: an optimizer that holds the model's factors (also one wrapped by accelerate).
         model: the PEFT model; ``None`` if ``pairs`` are given.
         x: the choice of X, see :func:`lorapro.functional.align`.
+        steady: give d_A in units of its partner, as :class:`LoraProAdamW` does: for optimizers that
+            divide by the size of past gradients, as Adam does, not for plain descent.
         adapter: align the pairs of this adapter only.
         pairs: pairs by hand, beside those of the model.
         on_unaligned: ``"error"`` or ``"plain"``, see ``lorapro.lora_param_groups``.
@@ -75,7 +78,7 @@ def align_gradients(
 
     @torch.no_grad()
     def align_now() -> None:
-        for params, directions in aligned_gradients(group, x):
+        for params, directions in aligned_gradients(group, x, steady=steady):
             held: list[Any] = [p.grad for p in params]
             torch._foreach_copy_(held, directions)
 

@@ -234,3 +234,24 @@ def test_momentum_of_pairs_left_out_keeps_no_old_stack(rule):
     held = [optimizer.state[p]["momentum"] for pair in pairs for p in (pair.A, pair.B)]
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     assert sum(memory.values()) == sum(t.nbytes for t in held)
+
+
+def test_full_mode_in_float16_follows_float32():
+    ends = []
+    for dtype in (torch.float32, torch.float16):
+        generator = torch.Generator().manual_seed(0)
+        pair = a_pair("w", 24, 20, 4, 2.0, 0.5, generator)
+        pair = LoraPair("w", *(nn.Parameter(p.detach().to(dtype)) for p in (pair.A, pair.B)), 2.0)
+        start = (2.0 * pair.B.double() @ pair.A.double()).detach()
+        groups = lorapro.lora_param_groups(None, pairs=[pair])
+        optimizer = lorapro.LoraProAdamW(groups, lr=1e-2, mode="full")
+        for step in range(6):
+            if step == 3:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = lorapro.LoraProAdamW(groups, lr=1e-2, mode="full")
+                optimizer.load_state_dict(state)
+            G = 1e-3 * torch.randn(pair.shape, generator=generator)
+            feed_dense_gradient(pair, G.to(dtype))
+            optimizer.step()
+        ends.append((2.0 * pair.B.double() @ pair.A.double()).detach() - start)
+    assert float((ends[0] - ends[1]).norm()) < 0.1 * float(ends[0].norm())

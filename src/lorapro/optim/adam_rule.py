@@ -14,12 +14,17 @@ STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
 
 
 def new_adam_state(p: Tensor, shape: torch.Size | None = None) -> dict[str, Tensor]:
-    """Step counter on the host and two moments in the dtype of the parameter."""
+    """Step counter on the host and two moments in the dtype of the parameter.
+
+    Moments of a shape of their own are float32 where the parameter is float16, whose range does
+    not hold squares of gradients.
+    """
+    dtype = torch.float32 if shape is not None and p.dtype == torch.float16 else p.dtype
     shape = p.shape if shape is None else shape
     return {
         STEP: torch.zeros((), dtype=torch.float32),
-        EXP_AVG: torch.zeros(shape, dtype=p.dtype, device=p.device),
-        EXP_AVG_SQ: torch.zeros(shape, dtype=p.dtype, device=p.device),
+        EXP_AVG: torch.zeros(shape, dtype=dtype, device=p.device),
+        EXP_AVG_SQ: torch.zeros(shape, dtype=dtype, device=p.device),
     }
 
 

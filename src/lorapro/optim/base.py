@@ -135,6 +135,7 @@ class PairOptimizer(Optimizer):
                         f"{_rule(group)}; build the same optimizer to go on from it."
                     )
         super().load_state_dict(state_dict)
+        self._keep_float32(state_dict)
         for group, own in zip(self.param_groups, live, strict=True):
             group.update(own)
             for key, value in self.defaults.items():
@@ -144,6 +145,16 @@ class PairOptimizer(Optimizer):
                     if WEIGHT in self.state.get(p, {}):
                         p.copy_(self.state[p][WEIGHT])
         self._drop_carried_weights()
+
+    def _keep_float32(self, state_dict: dict[str, Any]) -> None:
+        """Undo torch's cast of float32 state to float16, which does not hold second moments."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, p in zip(saved["params"], group["params"], strict=True):
+                if p.dtype == torch.float16:
+                    for name, value in state_dict["state"].get(key, {}).items():
+                        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+                            where = self.state[p][name].device
+                            self.state[p][name] = value.detach().to(where, copy=True)
 
     def _drop_carried_weights(self) -> None:
         for group in self.param_groups:

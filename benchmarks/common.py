@@ -137,7 +137,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
+        "platform": platform.system(),
     }
 
 

@@ -76,6 +76,15 @@ def test_rates_are_tuned_on_the_first_seed_and_nothing_is_done_twice(values, tmp
     table = (folder / "table.md").read_text()
     assert all(f"| {label} |" in table for label in chosen)
     assert "over 2 seeds" in table
+    for row in summary["methods"]:
+        if row["label"] != "lora":
+            lora = next(r for r in summary["methods"] if r["label"] == "lora")["test_losses"]
+            pairs = zip(row["test_losses"], lora, strict=True)
+            differences = [a - b for a, b in pairs]
+            assert row["over_baseline"]["size"] == pytest.approx(sum(differences) / 2)
+            half = abs(differences[0] - differences[1]) / 2  # t-interval of two: 12.7 of these
+            assert row["over_baseline"]["noise"] == pytest.approx(12.706 * half, rel=1e-3)
+            assert f"{row['over_baseline']['size']:+.4f} ±" in table
 
 
 def test_the_grid_runs_every_rate_with_every_seed(values, tmp_path):

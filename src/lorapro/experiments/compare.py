@@ -208,6 +208,7 @@ def summarize_runs(comparison: Comparison, results: Results, metric: str | None)
                 ],
             }
         )
+    _add_differences(rows)
     gap = _close_gap(rows)
     return {
         "task": comparison.base.experiment.task,
@@ -218,6 +219,16 @@ def summarize_runs(comparison: Comparison, results: Results, metric: str | None)
         "methods": rows,
         "warnings": warnings,
     }
+
+
+def _add_differences(rows: list[dict[str, Any]]) -> None:
+    """Add ``over_baseline``: test loss minus LoRA's, seed by seed, with its 95 % interval."""
+    found = [row["test_losses"] for row in rows if row["label"] == BASELINE]
+    baseline: list[float] = found[0] if found else []
+    for row in rows:
+        if len(baseline) > 1 and row["label"] != BASELINE:
+            difference = gap_between(row["test_losses"], baseline)
+            row["over_baseline"] = {"size": difference.size, "noise": difference.noise}
 
 
 def _close_gap(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

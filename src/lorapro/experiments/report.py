@@ -33,12 +33,17 @@ def table_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     has_metric = any(row["metric"] for row in summary["methods"])
     gap = summary["gap"]
     header = ["method", "lr", "test loss"]
+    compared = any("over_baseline" in row for row in summary["methods"])
+    header += ["minus lora"] if compared else []
     header += [f"test {metric.replace('_', ' ')}"] if has_metric else []
     header += ["gap closed"] if gap else []
     header += ["trainable", "optimizer state", "s/step"]
     rows = []
     for row in summary["methods"]:
         cells = [row["label"], f"{row['learning_rate']:g}", _number(row["test_loss"], 4)]
+        if compared:
+            over = row.get("over_baseline")
+            cells.append("" if over is None else f"{over['size']:+.4f} ± {over['noise']:.4f}")
         cells += [_number(row["metric"], 3)] if has_metric else []
         if gap:
             closed = row.get("gap_closed")
@@ -62,6 +67,11 @@ def notes(summary: dict[str, Any]) -> list[str]:
         f"Task {summary['task']}, rank {summary['rank']}; "
         + (f"mean ± standard deviation over {seeds} seeds." if seeds > 1 else "one seed.")
     )
+    if any("over_baseline" in row for row in summary["methods"]):
+        lines.append(
+            "minus lora: difference of test losses seed by seed, with its 95 % t-interval; a "
+            "method is better or worse than LoRA beyond noise where it does not hold zero."
+        )
     if gap := summary["gap"]:
         size = f"Gap from LoRA to full fine-tuning: {gap['size']:.4f} of test loss"
         if gap["noise"] is None:

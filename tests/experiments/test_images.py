@@ -18,7 +18,7 @@ from experiments.image_files import (
     write_drawings,
     write_idx,
 )
-from experiments.tiny_models import write_yaml
+from experiments.tiny_models import run_until, write_yaml
 from lorapro.cli.main import main
 from lorapro.experiments.config import build_config
 from lorapro.experiments.data import load_rows
@@ -221,21 +221,11 @@ def test_patterns_are_told_apart(see):
     assert run(build_config(values))["test"]["accuracy"] > 0.9
 
 
-class StopError(Exception):
-    pass
-
-
 def test_an_interrupted_run_goes_on_to_the_same_end(see, tmp_path):
     values = {**see, "save_strategy": "steps", "save_steps": 2}
     whole = run(build_config({**values, "output_dir": str(tmp_path / "whole")}))
     config = build_config({**values, "output_dir": str(tmp_path / "parts")})
-
-    def stop(done, total):
-        if done == 5:
-            raise StopError
-
-    with pytest.raises(StopError):
-        run(config, on_step=stop)
+    run_until(config, 5)
     said = []
     parts = run(config, log=said.append)
     assert said == ["going on from checkpoint-4"]

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from experiments.tiny_models import run_until
 from lorapro.cli.main import main
 from lorapro.experiments.config import build_config
 from lorapro.experiments.errors import UserError
@@ -70,10 +71,6 @@ def test_decayed_base_weights_are_saved_in_a_merged_model(classify):
     assert again["loss"] == pytest.approx(result["test"]["loss"], abs=1e-5)
 
 
-class StopError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_an_interrupted_run_goes_on_to_the_same_end(classify, tmp_path, method):
     values = {
@@ -86,13 +83,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(classify, tmp_path, method):
     }
     whole = run(build_config({**values, "output_dir": str(tmp_path / "whole")}))
     config = build_config({**values, "output_dir": str(tmp_path / "parts")})
-
-    def stop(done, total):
-        if done == 5:
-            raise StopError
-
-    with pytest.raises(StopError):
-        run(config, on_step=stop)
+    run_until(config, 5)
     assert not (config.folder / "result.json").exists()
     said, steps = [], []
     parts = run(config, log=said.append, on_step=lambda done, total: steps.append(done))

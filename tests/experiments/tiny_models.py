@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+from lorapro.experiments.runner import run
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -173,3 +175,18 @@ def solve(tiny_llama, problems, tmp_path) -> dict:
 def write_yaml(path: Path, values: dict) -> Path:
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
+
+
+class StopError(Exception):
+    """What ends a run in the middle."""
+
+
+def run_until(config, step):
+    """Run a configuration and break it off after so many steps."""
+
+    def stop(done, total):
+        if done == step:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(config, on_step=stop)

@@ -85,6 +85,21 @@ def lora_ga(model: PeftModel, batches: Iterable[Any], experiment: ExperimentArgu
 
 RANK_STABILIZED = {"use_rslora": True}
 
+
+def lora_pro(
+    name: str, about: str, learning_rate: float, optimizer: str = "adamw", **options: Any
+) -> Method:
+    """One of this package's optimizers on a rank-stabilized adapter."""
+    return Method(
+        name,
+        f"{about}, scaling alpha/sqrt(r)",
+        learning_rate,
+        adapter=RANK_STABILIZED,
+        optimizer=aligned(optimizer, **options),
+        changes_base="decay" if options.get("mode") == "full" else "never",
+    )
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -98,42 +113,18 @@ METHODS: dict[str, Method] = {
         ),
         Method("lora", "LoRA, scaling alpha/r, AdamW", 1e-3),
         Method("rslora", "LoRA, scaling alpha/sqrt(r), AdamW", 6e-4, adapter=RANK_STABILIZED),
-        Method(
-            "lora-pro",
-            "LoRA-Pro, efficient mode, scaling alpha/sqrt(r)",
-            1e-3,
-            adapter=RANK_STABILIZED,
-            optimizer=aligned(mode="efficient", steady=False),
+        lora_pro("lora-pro", "LoRA-Pro, efficient mode", 1e-3, steady=False),
+        lora_pro(
+            "lora-pro-steady", "LoRA-Pro, efficient mode with steady moments", 5e-4, steady=True
         ),
-        Method(
-            "lora-pro-steady",
-            "LoRA-Pro, efficient mode with steady moments, scaling alpha/sqrt(r)",
-            5e-4,
-            adapter=RANK_STABILIZED,
-            optimizer=aligned(mode="efficient", steady=True),
-        ),
-        Method(
-            "lora-pro-full",
-            "LoRA-Pro, full mode, scaling alpha/sqrt(r)",
-            3e-4,
-            adapter=RANK_STABILIZED,
-            optimizer=aligned(mode="full"),
-            changes_base="decay",
-        ),
-        Method(
+        lora_pro("lora-pro-full", "LoRA-Pro, full mode", 3e-4, mode="full"),
+        lora_pro(
             "lora-pro-factored",
-            "AdamW on the tangent space at LoRA's memory, scaling alpha/sqrt(r)",
+            "AdamW on the tangent space at LoRA's memory",
             3e-4,
-            adapter=RANK_STABILIZED,
-            optimizer=aligned(mode="factored"),
+            mode="factored",
         ),
-        Method(
-            "lora-pro-muon",
-            "Muon on the tangent space, scaling alpha/sqrt(r)",
-            2e-3,
-            adapter=RANK_STABILIZED,
-            optimizer=aligned("muon"),
-        ),
+        lora_pro("lora-pro-muon", "Muon on the tangent space", 2e-3, "muon"),
         Method(
             "lora-ga",
             "LoRA from LoRA-GA's start, scaling alpha/sqrt(r), AdamW",

@@ -161,7 +161,7 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         beta1, beta2 = group["betas"]
         left: list[list[Tensor]] = [[], []]
         right: list[list[Tensor]] = [[], []]
-        sizes = space.s.split([len(b.A) for b in part])
+        sizes = split(space.s, space.A)
         for i, (b, row, column) in enumerate(zip(part, *squared_means(space, G), strict=True)):
             held = [self.state[B][ROWS] for B in b.params_B]
             held_columns = [self.state[A][COLUMNS] for A in b.params_A]

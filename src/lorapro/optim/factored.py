@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorapro.optim.spaces import Space, Tangent
-from lorapro.optim.stacks import Tall, Wide
+from lorapro.optim.stacks import Tall, Wide, split
 
 __all__ = ["scales", "squared_means"]
 
@@ -29,13 +29,13 @@ def squared_means(space: Space, G: Tangent) -> tuple[list[Tensor], list[Tensor]]
     ([[18.0, 0.0]], [[18.0, 0.0]])
     """
     A, B = space.A, space.B
-    GG, GA, AA = G.A.dot(G.A), G.A.dot(A), A.dot(A)
+    GG, GA, AA = G.A.dot(G.A), G.A.dot(A), space.S_A
     to_B = Tall.combine([(B, GG), (G.B, GA.mT)])
     to_G = Tall.combine([(B, GA), (G.B, AA)])
-    HH, HB, BB = G.B.dot(G.B), G.B.dot(B), B.dot(B)
+    HH, HB, BB = G.B.dot(G.B), G.B.dot(B), space.S_B
     to_A = Wide.combine([(HH, A), (HB, G.A)])
     to_H = Wide.combine([(HB.mT, A), (BB, G.A)])
-    sizes = (space.s**2)[:, 0, 0].split([len(part) for part in A.parts])
+    sizes = split((space.s**2)[:, 0, 0], A)
     rows, columns = [], []
     for i, square in enumerate(sizes):
         rest = square[:, None]

@@ -122,7 +122,7 @@ class LoraProMuon(AdamRule, TangentOptimizer):
             return Direction((Tall([size * U]),), (Wide([Vt]),))
         assert isinstance(space, FastSpace)
         # In these coordinates no side is longer than N, however ill-conditioned A and B are.
-        to_A, to_B = (torch.linalg.cholesky_ex(S)[0] for S in (space.grams.S_A, space.grams.S_B))
+        to_A, to_B = (torch.linalg.cholesky_ex(S)[0] for S in (space.S_A, space.S_B))
         eye = torch.eye(to_A.shape[-1], dtype=s.dtype, device=s.device).expand_as(to_A)
         from_A, from_B = (torch.linalg.solve_triangular(C, eye, upper=False) for C in (to_A, to_B))
         left = Tall.combine([(B, from_B.mT)]), Tall.combine([(N.B, to_A)])

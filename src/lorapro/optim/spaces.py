@@ -68,6 +68,16 @@ class Space(ABC):
     def __init__(self, A: Wide, B: Tall, s: Tensor, x: str) -> None:
         self.A, self.B, self.s, self.x = A, B, s, x
 
+    @property
+    def S_A(self) -> Tensor:
+        """``A·Aᵀ``, (k, r, r)."""
+        return self.A.dot(self.A)
+
+    @property
+    def S_B(self) -> Tensor:
+        """``Bᵀ·B``, (k, r, r)."""
+        return self.B.dot(self.B)
+
     @abstractmethod
     def project(self, grad_A: Wide | None, grad_B: Tall | None) -> Tangent:
         """The gradient as a tangent vector, X = 0; a frozen factor's part is zero."""
@@ -155,6 +165,16 @@ class FastSpace(Space):
     def __init__(self, A: Wide, B: Tall, s: Tensor, x: str) -> None:
         super().__init__(A, B, s, x)
         self.grams = invert(A.dot(A), B.dot(B), x)
+
+    @property
+    def S_A(self) -> Tensor:
+        """See :attr:`Space.S_A`; at hand already."""
+        return self.grams.S_A
+
+    @property
+    def S_B(self) -> Tensor:
+        """See :attr:`Space.S_B`; at hand already."""
+        return self.grams.S_B
 
     def project(self, grad_A: Wide | None, grad_B: Tall | None) -> Tangent:
         """See :meth:`Space.project`."""

@@ -60,6 +60,12 @@ class Bucket(NamedTuple):
         return 2 * (self.A.numel() + self.B.numel())
 
     @property
+    def s(self) -> Tensor:
+        """The scaling of every matrix, (k, 1, 1) in float64."""
+        s = torch.as_tensor(self.scaling, dtype=torch.float64, device=self.A.device)
+        return s.expand(len(self.A))[:, None, None]
+
+    @property
     def moves(self) -> tuple[bool, bool]:
         """Which of A and B have a gradient."""
         return self.grad_A is not None, self.grad_B is not None
@@ -221,8 +227,8 @@ def in_parts(group: dict[str, Any]) -> Iterator[list[Bucket]]:
     """Yield the buckets of a group in lists of bounded size.
 
     A list holds buckets of one rank that all fit ``align_batched``, or a single one that does not.
-    Every pair with a gradient is in one of them. What is yielded may be used up before
-    the next list is made, so that no more than one part is in memory.
+    Every pair with a gradient is in one of them. What is yielded may be used up before the next
+    list is made: in memory there is one unfinished list a rank, beside the one being used.
     """
     together: dict[int, list[Bucket]] = {}
     for b in buckets(group):
@@ -267,10 +273,9 @@ def _aligned(part: list[Bucket], x: str) -> list[Any]:
 
 
 def _partner_size(b: Bucket) -> Tensor:
-    """``s·‖B‖_F/√r``, (k, 1, 1), float32 at least."""
+    """``s·‖B‖_F/√r``, (k, 1, 1) in float64."""
     B = b.B.to(torch.promote_types(b.B.dtype, torch.float32))
-    size = B.norm(dim=(-2, -1), keepdim=True) / B.shape[-1] ** 0.5
-    return size * (b.scaling[:, None, None] if isinstance(b.scaling, Tensor) else b.scaling)
+    return b.s * B.norm(dim=(-2, -1), keepdim=True) / B.shape[-1] ** 0.5
 
 
 def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

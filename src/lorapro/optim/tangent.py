@@ -187,14 +187,8 @@ def spaces(group: dict[str, Any]) -> Iterator[tuple[list[Bucket], Space]]:
 
 def _fast(part: list[Bucket], x: str) -> FastSpace:
     A, B = Wide([b.A.float() for b in part]), Tall([b.B.float() for b in part])
-    return FastSpace(A, B, torch.cat([_scalings(b) for b in part]).float(), x)
+    return FastSpace(A, B, torch.cat([b.s for b in part]).float(), x)
 
 
 def _exact(b: Bucket, x: str) -> ExactSpace:
-    return ExactSpace(b.A, b.B, _scalings(b), x, b.moves)
-
-
-def _scalings(b: Bucket) -> Tensor:
-    """(k, 1, 1) in float64."""
-    s = torch.as_tensor(b.scaling, dtype=torch.float64, device=b.A.device)
-    return s.expand(len(b.A))[:, None, None]
+    return ExactSpace(b.A, b.B, b.s, x, b.moves)

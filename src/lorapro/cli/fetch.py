@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorapro.cache import cache_folder
 from lorapro.cli.common import Parser, report_line
-from lorapro.experiments.assets import ASSETS, cache_folder, fetch
+from lorapro.experiments.assets import ASSETS, fetch
 
 __all__ = ["run"]
 

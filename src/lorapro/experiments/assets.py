@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorapro.cache import cache_folder
 from lorapro.experiments.asset_builders import (
     dequantize_gguf,
     dinov2_from_onnx,
@@ -25,7 +25,7 @@ from lorapro.experiments.asset_builders import (
 )
 from lorapro.experiments.errors import UserError, check_name
 
-__all__ = ["ASSETS", "Asset", "asset_path", "cache_folder", "fetch", "is_asset"]
+__all__ = ["ASSETS", "Asset", "asset_path", "fetch", "is_asset"]
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,6 @@ ASSETS: dict[str, Asset] = {
 def is_asset(name: str) -> bool:
     """Whether ``name`` is an asset; anything else is a hub id or a local path."""
     return name in ASSETS
-
-
-def cache_folder() -> Path:
-    """Where assets are kept: ``$LORAPRO_CACHE``, else ``~/.cache/lorapro``."""
-    configured = os.environ.get("LORAPRO_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "lorapro"
 
 
 def _folder(asset: Asset) -> Path:

@@ -16,6 +16,7 @@ from lorapro.choices import check_choice
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, AdamRule, new_adam_state
 from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.factored import scales, squared_means
+from lorapro.optim.native.steps import step_efficient
 from lorapro.optim.spaces import Direction, Space, Tangent
 from lorapro.optim.stacking import Bucket, aligned_gradients, plain_gradients
 from lorapro.optim.stacks import Tall, Wide, split
@@ -134,7 +135,8 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         if group["role"] != PAIRS:
             self.adamw_update(*plain_gradients(group), group)
         elif group["mode"] == "efficient":
-            for params, directions in aligned_gradients(group, group["x"], steady=group["steady"]):
+            rest = step_efficient(group, self.state)
+            for params, directions in aligned_gradients(rest, group["x"], steady=group["steady"]):
                 self.adamw_update(params, directions, group)
         elif group["mode"] == "factored":
             self.tangent_update(group)

@@ -1,0 +1,101 @@
+"""Compile and load the C files of this folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from lorapro.cache import cache_folder
+
+__all__ = ["library"]
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "LORAPRO_NATIVE"
+SOURCES = Path(__file__).parent
+PRECISIONS = ("float", "double")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=gnu11",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
+LONGEST_BUILD = 300  # seconds
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled steps; ``None`` where there is no compiler or ``LORAPRO_NATIVE=0``.
+
+    OpenMP's functions are those that PyTorch has loaded, so that both share their threads and
+    ``torch.set_num_threads`` holds for both.
+    """
+    return None if os.environ.get(SWITCH) == "0" else _library()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or platform.system() != "Linux":
+        logger.info("no C compiler: optimizer steps run in PyTorch.")
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[:1]
+        logger.warning(
+            f"{compiler} cannot compile lorapro's steps ({' '.join(reason)}): they run in PyTorch, "
+            f"which is slower; {SWITCH}=0 silences this."
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning(f"lorapro's compiled steps cannot be used ({error}): they run in PyTorch.")
+    return None
+
+
+def _built(compiler: str) -> Path:
+    """The shared library, from the cache folder or made now."""
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    known = hashlib.sha256()
+    for part in (*(p.read_bytes() for p in sources), repr(FLAGS).encode(), _machine(compiler)):
+        known.update(part)
+    folder = cache_folder() / "native"
+    target = folder / f"steps-{known.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info(f"compiling {target}, once.")
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        objects = []
+        for source in (p for p in sources if p.suffix == ".c"):
+            for real in PRECISIONS:
+                objects.append(str(Path(work) / f"{source.stem}-{real}.o"))
+                _run([compiler, *FLAGS, f"-DREAL={real}", "-c", str(source), "-o", objects[-1]])
+        made = Path(work) / target.name
+        # Not linked to a library of OpenMP: one is there, PyTorch's.
+        _run([compiler, "-shared", *objects, "-o", str(made), "-lm"])
+        os.replace(made, target)  # at once: other processes may be doing the same
+    return target
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD)
+
+
+def _machine(compiler: str) -> bytes:
+    """What a library built with ``-march=native`` depends on, beside its source."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    kept = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    changed = os.stat(compiler)
+    return repr((sorted(kept), platform.machine(), compiler, changed.st_mtime_ns)).encode()

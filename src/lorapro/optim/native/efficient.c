@@ -1,0 +1,48 @@
+/* LoRA-Pro's efficient AdamW step (Algorithm 2), pair by pair: one pair fits the cache of a core,
+ * so that everything is read from memory once. The formulas are those of lorapro.optim.batched. */
+#include "pairs.h"
+
+#define SMALL 14
+#define ROWS (sizeof(real) == sizeof(float) ? 3 : 5)
+
+static int efficient(const pair_t *pair, index_t r, const options_t *o, real *work) {
+    index_t m = pair->m, n = pair->n, ld = pad(m), size = r * pad(r), side = r * (m > n ? pad(m) : pad(n));
+    real *S_A = work, *S_B = S_A + size, *K = S_B + size, *P = K + size, *R = P + size,
+         *X = R + size, *C = X + size, *more = C + size;
+    real *B = work + SMALL * size, *G = B + side, *D = G + side;
+    const real *A = widen(pair->A, r * n, D + side);
+    const real *grad_A = widen(pair->grad_A, r * n, D + 2 * side);
+    memset(S_A, 0, sizeof(real) * 3 * size);
+    gram(A, n, r, A, n, r, n, S_A, pad(r));
+    gram(grad_A, n, r, A, n, r, n, K, pad(r));
+    transpose(pair->B, m, r, B, ld);
+    gram(B, ld, r, B, ld, r, ld, S_B, pad(r));
+    int swap;
+    if (!inverses(S_A, S_B, r, o, R, P, &swap, more)) return 0;
+    choose_x(S_A, S_B, R, P, K, r, o->x, swap, X, C, more);
+
+    real c = 1 / (pair->scaling * pair->scaling), s = pair->scaling;
+    real unit = o->steady ? c * s * sqrt(trace(S_B, r) / r) : c;
+    scale(P, r, unit);
+    combine(P, pad(r), r, r, grad_A, n, n, D, n, 0);
+    if (o->x != ZERO) {
+        scale(X, r, unit);
+        combine(X, pad(r), r, r, A, n, n, D, n, 1);
+    }
+    adamw(pair->A, D, pair->first_A, pair->second_A, pair->step_A, r * n, o);
+
+    transpose(pair->grad_B, m, r, G, ld);
+    scale(R, r, c);
+    scale(C, r, -c);
+    flip(C, r); /* d_Bᵀ = S_A⁻¹·grad_Bᵀ − Cᵀ·Bᵀ */
+    combine(R, pad(r), r, r, G, ld, ld, D, ld, 0);
+    combine(C, pad(r), r, r, B, ld, ld, D, ld, 1);
+    transpose_back(D, ld, m, r, G);
+    adamw(pair->B, G, pair->first_B, pair->second_B, pair->step_B, m * r, o);
+    return 1;
+}
+
+void NAME(lorapro_efficient, REAL)(index_t pairs, index_t r, const pair_t *pair,
+                                   const options_t *options, unsigned char *done) {
+    for_each_pair(pairs, r, pair, options, done, SMALL, ROWS, efficient);
+}

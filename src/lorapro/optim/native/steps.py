@@ -1,0 +1,157 @@
+"""Optimizer steps of the compiled library, for parameter groups of pairs."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+
+from lorapro.functional import X_CHOICES
+from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, new_adam_state
+from lorapro.optim.batched import MOST_CONDITION, MOST_SMALLER_CONDITION
+from lorapro.optim.native.build import PRECISIONS, library
+
+__all__ = ["step_efficient"]
+
+SCALING, DOUBLE = struct.Struct("q"), struct.Struct("d")  # the bits of one read as the other
+# x_choice of pairs.h
+CODES = {"zero": 0, "sylvester": 1, "symmetric": 2}
+assert set(CODES) == set(X_CHOICES)
+
+
+class _Options(ctypes.Structure):
+    """options_t of pairs.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        *((name, ctypes.c_double) for name in ("most_condition", "most_smaller_condition")),
+        *((name, ctypes.c_longlong) for name in ("x", "steady")),
+    )
+
+
+@torch.no_grad()
+def step_efficient(group: dict[str, Any], state: Mapping[Tensor, Any]) -> dict[str, Any]:
+    """Step the pairs of a group that the compiled library can take, as efficient mode does.
+
+    Those are pairs of plain contiguous float32 matrices in main memory, both of whose factors have
+    a gradient and full rank (condition up to 1e5): the aligned gradients are those of
+    :func:`lorapro.functional.align`, g̃ to 1e-3 and (d_A, d_B) to 1e-2, as on the other fast path.
+
+    Args:
+        group: a pairs group of ``LoraProAdamW``.
+        state: the optimizer's; empty states of pairs that are stepped are filled.
+
+    Returns:
+        A group of the pairs that are left, the one given if nothing could be done.
+    """
+    built = None if torch.compiler.is_compiling() else library()
+    if built is None:
+        return group
+    left: list[int] = []
+    members: dict[int, list[int]] = {}
+    tables: dict[int, list[int]] = {}
+    params = group["params"]
+    for i, (A, B, s, layout, blocks) in enumerate(
+        zip(
+            params[::2],
+            params[1::2],
+            group["scalings"],
+            group["layouts"],
+            group["blocks"],
+            strict=True,
+        )
+    ):
+        addresses = _addresses(A, B, state) if layout == "matrix" and blocks == 1 else None
+        if addresses is None:
+            left.append(i)
+            continue
+        rank = A.size(0)
+        members.setdefault(rank, []).append(i)
+        (bits,) = SCALING.unpack(DOUBLE.pack(s))
+        row = (*addresses, B.numel() // rank, A.numel() // rank, bits)
+        tables.setdefault(rank, []).extend(row)
+    for rank, chosen in members.items():
+        done = _call(built, "lorapro_efficient", rank, tables[rank], len(chosen), group)
+        left += [i for i, stepped in zip(chosen, done, strict=True) if not stepped]
+        changed = [i for i, stepped in zip(chosen, done, strict=True) if stepped]
+        # Autograd would not notice by itself that graphs hold outdated values.
+        increment_version([p for i in changed for p in params[2 * i : 2 * i + 2]])
+    return group if len(left) == len(params) // 2 else _only(group, left)
+
+
+def _addresses(A: Tensor, B: Tensor, state: Mapping[Tensor, Any]) -> list[int] | None:
+    """The addresses in pair_t of pairs.h; ``None`` if the library cannot take the pair."""
+    grad_A, grad_B = A.grad, B.grad
+    if grad_A is None or grad_B is None or grad_A.is_sparse or grad_B.is_sparse:
+        return None
+    of_A, of_B = state[A], state[B]
+    for held, p in ((of_A, A), (of_B, B)):
+        if not held:
+            held.update(new_adam_state(p))
+    used = (
+        A,
+        B,
+        grad_A,
+        grad_B,
+        of_A[EXP_AVG],
+        of_B[EXP_AVG],
+        of_A[EXP_AVG_SQ],
+        of_B[EXP_AVG_SQ],
+        of_A[STEP],
+        of_B[STEP],
+    )
+    for t in used:  # a subclass may keep its numbers elsewhere
+        kind = type(t)
+        if (kind is not Tensor and kind is not Parameter) or not (
+            t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()
+        ):
+            return None
+    return [t.data_ptr() for t in used]
+
+
+def _call(
+    built: ctypes.CDLL, name: str, rank: int, rows: list[int], pairs: int, group: dict[str, Any]
+) -> Any:
+    """Step pairs of one rank, in float64 those that float32 is not up to; flags of the stepped."""
+    table = array.array("q", rows)
+    address, _ = table.buffer_info()
+    done = (ctypes.c_ubyte * pairs)()
+    beta1, beta2 = group["betas"]
+    for precision, dtype in zip(PRECISIONS, (torch.float32, torch.float64), strict=True):
+        options = _Options(
+            float(group["lr"]),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            MOST_CONDITION[dtype],
+            MOST_SMALLER_CONDITION,
+            CODES[group["x"]],
+            bool(group["steady"]),
+        )
+        getattr(built, f"{name}_{precision}")(
+            ctypes.c_longlong(pairs),
+            ctypes.c_longlong(rank),
+            ctypes.c_void_p(address),
+            ctypes.byref(options),
+            done,
+        )
+        if all(done):
+            break
+    return done
+
+
+def _only(group: dict[str, Any], members: list[int]) -> dict[str, Any]:
+    """The group with some of its pairs."""
+    kept = {k: [group[k][i] for i in members] for k in ("scalings", "layouts", "blocks")}
+    if "names" in group:
+        kept["names"] = [group["names"][i] for i in members]
+    params = [p for i in members for p in group["params"][2 * i : 2 * i + 2]]
+    return {**group, **kept, "params": params}

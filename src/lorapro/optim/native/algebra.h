@@ -227,13 +227,13 @@ INLINE int invert_small(real *S, index_t ld, index_t count) {
 #define PIVOTS 8
 
 /* Inverse of a symmetric positive matrix in place, by Gauss and Jordan with a few pivots at a time.
- * Returns ‖S‖·‖S⁻¹‖ in Frobenius norms, Inf where there is no inverse. `work` holds one (r, r). */
+ * Returns ‖S‖·‖S⁻¹‖ in Frobenius norms, Inf where there is no inverse. `work` holds two (r, r). */
 static real invert(real *S, index_t r, real *work) {
     index_t ld = pad(r);
     real before = inner(S, S, r);
     for (index_t k = 0; k < r; k += PIVOTS) {
         index_t count = r - k < PIVOTS ? r - k : PIVOTS, after = k + count;
-        real *rows = S + k * ld, corner[PIVOTS * PIVOTS], *factors = work + PIVOTS * ld;
+        real *rows = S + k * ld, corner[PIVOTS * PIVOTS], *factors = work + count * ld;
         for (index_t i = 0; i < count; i++)
             for (index_t j = 0; j < count; j++) corner[i * PIVOTS + j] = rows[i * ld + k + j];
         if (!invert_small(corner, PIVOTS, count)) return INFINITY;

@@ -72,7 +72,7 @@ static inline void adamw(float *restrict p, const real *restrict d, float *restr
 }
 
 /* S_A⁻¹ and S_B⁻¹; returns whether this precision and, for X, conjugate gradients are up to the
- * condition of the factors. `work` holds one (r, r) matrix. */
+ * condition of the factors. `work` holds two (r, r) matrices. */
 static inline int inverses(const real *S_A, const real *S_B, index_t r, const options_t *o,
                            real *inv_A, real *inv_B, int *swap, real *work) {
     memcpy(inv_A, S_A, sizeof(real) * r * pad(r));

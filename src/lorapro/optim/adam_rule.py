@@ -41,6 +41,14 @@ class AdamRule:
         if not eps >= 0:
             raise ValueError(f"eps is {eps}, expected 0 or more.")
 
+    def adam_states(self, *params: Tensor) -> list[Tensor]:
+        """First moments, second moments and step counters, made where there are none yet."""
+        states = [self.state[p] for p in params]
+        for p, held in zip(params, states, strict=True):
+            if not held:
+                held.update(new_adam_state(p))
+        return [held[key] for key in (EXP_AVG, EXP_AVG_SQ, STEP) for held in states]
+
     def adamw_update(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]
     ) -> None:

@@ -16,7 +16,7 @@ from lorapro.choices import check_choice
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, AdamRule, new_adam_state
 from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.factored import scales, squared_means
-from lorapro.optim.native.steps import step_efficient
+from lorapro.optim.native.steps import step_pairs
 from lorapro.optim.spaces import Direction, Space, Tangent
 from lorapro.optim.stacking import Bucket, aligned_gradients, plain_gradients
 from lorapro.optim.stacks import Tall, Wide, split
@@ -135,7 +135,14 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         if group["role"] != PAIRS:
             self.adamw_update(*plain_gradients(group), group)
         elif group["mode"] == "efficient":
-            rest = step_efficient(group, self.state)
+            rest = step_pairs(
+                group,
+                "efficient",
+                self.adam_states,
+                betas=group["betas"],
+                eps=group["eps"],
+                flag=group["steady"],
+            )
             for params, directions in aligned_gradients(rest, group["x"], steady=group["steady"]):
                 self.adamw_update(params, directions, group)
         elif group["mode"] == "factored":

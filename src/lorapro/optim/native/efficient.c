@@ -22,7 +22,7 @@ static int efficient(const pair_t *pair, index_t r, const options_t *o, real *wo
     choose_x(S_A, S_B, R, P, K, r, o->x, swap, X, C, more);
 
     real c = 1 / (pair->scaling * pair->scaling), s = pair->scaling;
-    real unit = o->steady ? c * s * sqrt(trace(S_B, r) / r) : c;
+    real unit = o->flag /* steady */ ? c * s * sqrt(trace(S_B, r) / r) : c;
     scale(P, r, unit);
     combine(P, pad(r), r, r, grad_A, n, n, D, n, 0);
     if (o->x != ZERO) {

@@ -22,7 +22,7 @@ typedef struct {
 typedef struct {
     double lr, beta1, beta2, eps, weight_decay;
     double most_condition, most_smaller_condition;
-    index_t x, steady;
+    index_t x, flag;
 } options_t;
 
 typedef int rule_t(const pair_t *, index_t, const options_t *, real *);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from lorapro.functional import X_CHOICES
-from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, new_adam_state
 from lorapro.optim.batched import MOST_CONDITION, MOST_SMALLER_CONDITION
 from lorapro.optim.native.build import PRECISIONS, library
 
-__all__ = ["step_efficient"]
+__all__ = ["STATE_SLOTS", "step_pairs"]
 
-SCALING, DOUBLE = struct.Struct("q"), struct.Struct("d")  # the bits of one read as the other
+# How many tensors of state pair_t of pairs.h has room for.
+STATE_SLOTS = 6
+# The bits of one read as the other.
+BITS, DOUBLE = struct.Struct("q"), struct.Struct("d")
 # x_choice of pairs.h
 CODES = {"zero": 0, "sylvester": 1, "symmetric": 2}
 assert set(CODES) == set(X_CHOICES)
@@ -32,21 +34,34 @@ class _Options(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
         *((name, ctypes.c_double) for name in ("most_condition", "most_smaller_condition")),
-        *((name, ctypes.c_longlong) for name in ("x", "steady")),
+        *((name, ctypes.c_longlong) for name in ("x", "flag")),
     )
 
 
 @torch.no_grad()
-def step_efficient(group: dict[str, Any], state: Mapping[Tensor, Any]) -> dict[str, Any]:
-    """Step the pairs of a group that the compiled library can take, as efficient mode does.
+def step_pairs(
+    group: dict[str, Any],
+    rule: str,
+    state: Callable[[Tensor, Tensor], Sequence[Tensor]],
+    *,
+    betas: tuple[float, float],
+    eps: float = 0.0,
+    flag: bool = False,
+) -> dict[str, Any]:
+    """Step the pairs of a group that the compiled library can take.
 
     Those are pairs of plain contiguous float32 matrices in main memory, both of whose factors have
     a gradient and full rank (condition up to 1e5): the aligned gradients are those of
-    :func:`lorapro.functional.align`, g̃ to 1e-3 and (d_A, d_B) to 1e-2, as on the other fast path.
+    :func:`lorapro.functional.align`, g̃ to 1e-3 and (d_A, d_B) to 1e-2, as on PyTorch's fast path.
 
     Args:
-        group: a pairs group of ``LoraProAdamW``.
-        state: the optimizer's; empty states of pairs that are stepped are filled.
+        group: a group of pairs.
+        rule: the C function, without ``lorapro_`` and the precision.
+        state: gives the state of (A, B), made if need be, in the order of pair_t: at most
+            :data:`STATE_SLOTS` contiguous float32 tensors.
+        betas: the rule's decay rates.
+        eps: the rule's epsilon.
+        flag: what the rule makes of it.
 
     Returns:
         A group of the pairs that are left, the one given if nothing could be done.
@@ -74,11 +89,13 @@ def step_efficient(group: dict[str, Any], state: Mapping[Tensor, Any]) -> dict[s
             continue
         rank = A.size(0)
         members.setdefault(rank, []).append(i)
-        (bits,) = SCALING.unpack(DOUBLE.pack(s))
-        row = (*addresses, B.numel() // rank, A.numel() // rank, bits)
+        (scaling,) = BITS.unpack(DOUBLE.pack(s))
+        row = (*addresses, B.numel() // rank, A.numel() // rank, scaling)
         tables.setdefault(rank, []).extend(row)
+    numbers = (float(group["lr"]), *betas, eps, group["weight_decay"])
     for rank, chosen in members.items():
-        done = _call(built, "lorapro_efficient", rank, tables[rank], len(chosen), group)
+        options = (CODES[group["x"]], bool(flag))
+        done = _call(built, rule, rank, tables[rank], len(chosen), numbers, options)
         left += [i for i, stepped in zip(chosen, done, strict=True) if not stepped]
         changed = [i for i, stepped in zip(chosen, done, strict=True) if stepped]
         # Autograd would not notice by itself that graphs hold outdated values.
@@ -86,61 +103,48 @@ def step_efficient(group: dict[str, Any], state: Mapping[Tensor, Any]) -> dict[s
     return group if len(left) == len(params) // 2 else _only(group, left)
 
 
-def _addresses(A: Tensor, B: Tensor, state: Mapping[Tensor, Any]) -> list[int] | None:
+def _addresses(
+    A: Tensor, B: Tensor, state: Callable[[Tensor, Tensor], Sequence[Tensor]]
+) -> list[int] | None:
     """The addresses in pair_t of pairs.h; ``None`` if the library cannot take the pair."""
     grad_A, grad_B = A.grad, B.grad
     if grad_A is None or grad_B is None or grad_A.is_sparse or grad_B.is_sparse:
         return None
-    of_A, of_B = state[A], state[B]
-    for held, p in ((of_A, A), (of_B, B)):
-        if not held:
-            held.update(new_adam_state(p))
-    used = (
-        A,
-        B,
-        grad_A,
-        grad_B,
-        of_A[EXP_AVG],
-        of_B[EXP_AVG],
-        of_A[EXP_AVG_SQ],
-        of_B[EXP_AVG_SQ],
-        of_A[STEP],
-        of_B[STEP],
-    )
+    used = [A, B, grad_A, grad_B]
     for t in used:  # a subclass may keep its numbers elsewhere
         kind = type(t)
         if (kind is not Tensor and kind is not Parameter) or not (
             t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()
         ):
             return None
-    return [t.data_ptr() for t in used]
+    held = state(A, B)
+    for t in held:
+        if not (t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()):
+            return None
+    addresses = [t.data_ptr() for t in (*used, *held)]
+    return addresses + [0] * (STATE_SLOTS - len(held))
 
 
 def _call(
-    built: ctypes.CDLL, name: str, rank: int, rows: list[int], pairs: int, group: dict[str, Any]
+    built: ctypes.CDLL,
+    rule: str,
+    rank: int,
+    rows: list[int],
+    pairs: int,
+    numbers: Sequence[float],
+    options: Sequence[int],
 ) -> Any:
     """Step pairs of one rank, in float64 those that float32 is not up to; flags of the stepped."""
     table = array.array("q", rows)
     address, _ = table.buffer_info()
     done = (ctypes.c_ubyte * pairs)()
-    beta1, beta2 = group["betas"]
     for precision, dtype in zip(PRECISIONS, (torch.float32, torch.float64), strict=True):
-        options = _Options(
-            float(group["lr"]),
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            MOST_CONDITION[dtype],
-            MOST_SMALLER_CONDITION,
-            CODES[group["x"]],
-            bool(group["steady"]),
-        )
-        getattr(built, f"{name}_{precision}")(
+        given = _Options(*numbers, MOST_CONDITION[dtype], MOST_SMALLER_CONDITION, *options)
+        getattr(built, f"lorapro_{rule}_{precision}")(
             ctypes.c_longlong(pairs),
             ctypes.c_longlong(rank),
             ctypes.c_void_p(address),
-            ctypes.byref(options),
+            ctypes.byref(given),
             done,
         )
         if all(done):

@@ -40,7 +40,9 @@ def travelled(pair, start):
 @every_rule
 @pytest.mark.parametrize("x", ["zero", "sylvester", "symmetric"])
 @pytest.mark.parametrize("r", [4, 20, 33])
-def test_steps_are_those_of_the_exact_path(rule, x, r, monkeypatch):
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_steps_are_those_of_the_exact_path(rule, x, r, native, monkeypatch):
+    monkeypatch.setenv("LORAPRO_NATIVE", native)
     generator = torch.Generator().manual_seed(r)
     shapes = [(48, 64), (64, 48), (48, 64), (40, 128)]
     pairs = [
@@ -65,6 +67,7 @@ def test_steps_are_those_of_the_exact_path(rule, x, r, monkeypatch):
         fast.step()
         with monkeypatch.context() as patch:
             patch.setattr(Bucket, "fits_batched", False)
+            patch.setenv("LORAPRO_NATIVE", "0")
             exact.step()
     # Muon at 2r of 40 and more: momentum of full rank, whose least singular values float32 does not
     # resolve.
@@ -214,6 +217,7 @@ def test_muon_follows_gradients_of_low_rank(r, rank, cond, monkeypatch):
         if step == 0:  # later, what rounding leaves of the small singular values decides
             with monkeypatch.context() as patch:
                 patch.setattr(Bucket, "fits_batched", False)
+                patch.setenv("LORAPRO_NATIVE", "0")
                 exact.step()
             for pair, twin, start in zip(pairs, twins, starts, strict=True):
                 have, want = travelled(pair, start)[0], travelled(twin, start)[0]

@@ -146,7 +146,15 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
             for params, directions in aligned_gradients(rest, group["x"], steady=group["steady"]):
                 self.adamw_update(params, directions, group)
         elif group["mode"] == "factored":
-            self.tangent_update(group)
+            self.tangent_update(
+                step_pairs(
+                    group,
+                    "factored",
+                    self.factored_states,
+                    betas=group["betas"],
+                    eps=group["eps"],
+                )
+            )
         else:
             for part, space in spaces(group):
                 self._full_update(part, space, group)
@@ -155,13 +163,16 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         """β1 of factored mode."""
         return group["betas"][0]
 
-    def new_state(self, A: Tensor, B: Tensor, b: Bucket) -> None:
+    def new_state(self, A: Tensor, B: Tensor, blocks: int, m: int, n: int) -> None:
         """Momentum and the two means of factored mode."""
-        super().new_state(A, B, b)
-        self.state[B][ROWS] = torch.zeros(b.blocks, b.B.shape[-2], dtype=B.dtype, device=B.device)
-        self.state[A][COLUMNS] = torch.zeros(
-            b.blocks, b.A.shape[-1], dtype=A.dtype, device=A.device
-        )
+        super().new_state(A, B, blocks, m, n)
+        self.state[B][ROWS] = torch.zeros(blocks, m, dtype=B.dtype, device=B.device)
+        self.state[A][COLUMNS] = torch.zeros(blocks, n, dtype=A.dtype, device=A.device)
+
+    def factored_states(self, A: Tensor, B: Tensor) -> list[Tensor]:
+        """What factored mode keeps of one pair of matrices, made if need be."""
+        momentum_A, momentum_B, step = self.tangent_states(A, B)
+        return [momentum_A, momentum_B, self.state[A][COLUMNS], self.state[B][ROWS], step]
 
     def direction(
         self, group: dict[str, Any], part: list[Bucket], space: Space, M: Tangent, G: Tangent

@@ -54,11 +54,18 @@ class TangentOptimizer(PairOptimizer):
         """The rule: from momentum M and gradient G, tangent vectors at ``space``, to h."""
         raise NotImplementedError
 
-    def new_state(self, A: Tensor, B: Tensor, b: Bucket) -> None:
-        """Make the state of one pair; subclasses add what their rule keeps."""
+    def new_state(self, A: Tensor, B: Tensor, blocks: int, m: int, n: int) -> None:
+        """Make the state of ``blocks`` pairs in two parameters; subclasses add their rule's."""
         self.state[A][MOMENTUM] = torch.zeros_like(A)
         self.state[B][MOMENTUM] = torch.zeros_like(B)
         self.state[B][STEP] = torch.zeros((), dtype=torch.float32)
+
+    def tangent_states(self, A: Tensor, B: Tensor) -> list[Tensor]:
+        """The state of one pair of matrices, made if need be: momentum of A, of B, counter."""
+        if MOMENTUM not in self.state[B]:
+            rank = A.shape[0]
+            self.new_state(A, B, 1, B.numel() // rank, A.numel() // rank)
+        return [self.state[A][MOMENTUM], self.state[B][MOMENTUM], self.state[B][STEP]]
 
     @torch.no_grad()
     def tangent_update(self, group: dict[str, Any]) -> None:
@@ -68,7 +75,7 @@ class TangentOptimizer(PairOptimizer):
             for b in part:
                 for A, B in zip(b.params_A, b.params_B, strict=True):
                     if MOMENTUM not in self.state[B]:
-                        self.new_state(A, B, b)
+                        self.new_state(A, B, b.blocks, b.B.shape[-2], b.A.shape[-1])
                     counters.append(self.state[B][STEP])
             torch._foreach_add_(counters, 1)
             self._step(group, part, space)

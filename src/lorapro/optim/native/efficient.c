@@ -18,7 +18,7 @@ static int efficient(const pair_t *pair, index_t r, const options_t *o, real *wo
     transpose(pair->B, m, r, B, ld);
     gram(B, ld, r, B, ld, r, ld, S_B, pad(r));
     int swap;
-    if (!inverses(S_A, S_B, r, o, R, P, &swap, more)) return 0;
+    if (!inverses(S_A, S_B, r, o, o->x, R, P, &swap, more)) return 0;
     choose_x(S_A, S_B, R, P, K, r, o->x, swap, X, C, more);
 
     real c = 1 / (pair->scaling * pair->scaling), s = pair->scaling;

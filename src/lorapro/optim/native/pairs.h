@@ -74,13 +74,13 @@ static inline void adamw(float *restrict p, const real *restrict d, float *restr
 /* S_A⁻¹ and S_B⁻¹; returns whether this precision and, for X, conjugate gradients are up to the
  * condition of the factors. `work` holds two (r, r) matrices. */
 static inline int inverses(const real *S_A, const real *S_B, index_t r, const options_t *o,
-                           real *inv_A, real *inv_B, int *swap, real *work) {
+                           index_t x, real *inv_A, real *inv_B, int *swap, real *work) {
     memcpy(inv_A, S_A, sizeof(real) * r * pad(r));
     memcpy(inv_B, S_B, sizeof(real) * r * pad(r));
     real of_A = invert(inv_A, r, work), of_B = invert(inv_B, r, work);
     *swap = of_B < of_A; /* the side nearer to the identity preconditions X */
     if (!(fmax(of_A, of_B) < o->most_condition)) return 0;
-    return o->x != SYLVESTER || fmin(of_A, of_B) <= o->most_smaller_condition * r;
+    return x != SYLVESTER || fmin(of_A, of_B) <= o->most_smaller_condition * r;
 }
 
 /* X and C of d_A = S_B⁻¹·grad_A + X·A and d_B = grad_B·S_A⁻¹ − B·C, times s²: always

@@ -1,0 +1,155 @@
+/* Tangent vectors s·(B·T_A + T_B·A) of a pair: projection, steps and transport, as lorapro.optim.spaces
+ * has them. B and what is shaped like it are transposed: (r, ld) with ld = pad(m); what is shaped
+ * like A is (r, n). */
+#ifndef LORAPRO_TANGENT_H
+#define LORAPRO_TANGENT_H
+
+#include "pairs.h"
+
+/* A pair in the precision of the work, with its Gram matrices and their inverses. */
+typedef struct {
+    index_t m, n, r, ld;
+    real s;
+    int swap;
+    const real *A, *B;
+    real *S_A, *S_B, *inv_A, *inv_B; /* each (r, r) */
+} space_t;
+
+INLINE space_t space_of(const pair_t *pair, index_t r, const real *A, const real *B, real *grams) {
+    index_t size = r * pad(r);
+    space_t made = {pair->m, pair->n, r, pad(pair->m), pair->scaling, 0, A, B,
+                    grams, grams + size, grams + 2 * size, grams + 3 * size};
+    return made;
+}
+
+/* Fill in Gram matrices and inverses; 0 if this precision is not up to the factors, or conjugate
+ * gradients to X. `work` holds two (r, r). */
+static inline int measure(space_t *at, const options_t *o, index_t x, real *work) {
+    index_t r = at->r, size = r * pad(r);
+    memset(at->S_A, 0, sizeof(real) * size);
+    memset(at->S_B, 0, sizeof(real) * size);
+    gram(at->A, at->n, r, at->A, at->n, r, at->n, at->S_A, pad(r));
+    gram(at->B, at->ld, r, at->B, at->ld, r, at->ld, at->S_B, pad(r));
+    return inverses(at->S_A, at->S_B, r, o, x, at->inv_A, at->inv_B, &at->swap, work);
+}
+
+/* X·Yᵀ as an (r, r) matrix with zeros behind the r-th column. */
+INLINE void dot(const real *X, const real *Y, index_t r, index_t length, real *out) {
+    memset(out, 0, sizeof(real) * r * pad(r));
+    gram(X, length, r, Y, length, r, length, out, pad(r));
+}
+
+/* out (r, length) = W·X (+ out) for an (r, r) matrix W. */
+INLINE void weigh(const real *W, const real *X, index_t r, index_t length, real *out, int add) {
+    combine(W, pad(r), r, r, X, length, length, out, length, add);
+}
+
+/* The gradient as a tangent vector, X = 0: T_A = S_B⁻¹·grad_A/s², T_B = (grad_B − B·S_B⁻¹·K)·S_A⁻¹/s².
+ * K = grad_A·Aᵀ is left in place, C is S_B⁻¹·K·S_A⁻¹/s²ᵀ. `work` holds two (r, r). */
+static inline void project(const space_t *at, const real *grad_A, const real *grad_B, const real *K,
+                           real *T_A, real *T_B, real *work) {
+    index_t r = at->r, size = r * pad(r);
+    real c = 1 / (at->s * at->s), *C = work, *W = C + size;
+    multiply(at->inv_B, K, r, W, 0);
+    multiply(W, at->inv_A, r, C, 0);
+    flip(C, r);
+    scale(C, r, -c);
+    memcpy(W, at->inv_B, sizeof(real) * size);
+    scale(W, r, c);
+    weigh(W, grad_A, r, at->n, T_A, 0);
+    memcpy(W, at->inv_A, sizeof(real) * size);
+    scale(W, r, c);
+    weigh(W, grad_B, r, at->ld, T_B, 0);
+    weigh(C, at->B, r, at->ld, T_B, 1);
+}
+
+/* h = L₁·R₁ + L₂·R₂ of what a rule does with W, and the step it makes, (d_A, d_B) =
+ * align(s·Bᵀh, s·h·Aᵀ). Only the products with the factors count: T_i = Bᵀ·L_i, U_i = R_i·Aᵀ. What
+ * the long sides are to be multiplied by comes out: d_A = W₁·R₁ + W₂·R₂ + X·A in place of T_i, and
+ * d_Bᵀ = V₁·L₁ᵀ + V₂·L₂ᵀ + C·Bᵀ in place of U_i. `work` holds nine (r, r). */
+static inline void weights(const space_t *at, index_t x, real *T1, real *T2, real *U1, real *U2,
+                           real *X, real *C, real *work) {
+    index_t r = at->r, size = r * pad(r);
+    real c = 1 / (at->s * at->s), *K = work, *W = K + size;
+    multiply(T1, U1, r, K, 0);
+    multiply(T2, U2, r, K, 1);
+    scale(K, r, at->s);
+    choose_x(at->S_A, at->S_B, at->inv_A, at->inv_B, K, r, x, at->swap, X, C, W);
+    real *T[] = {T1, T2}, *U[] = {U1, U2};
+    for (int i = 0; i < 2; i++) {
+        multiply(at->inv_B, T[i], r, W, 0);
+        memcpy(T[i], W, sizeof(real) * size);
+        scale(T[i], r, 1 / at->s);
+        multiply(U[i], at->inv_A, r, W, 0);
+        memcpy(U[i], W, sizeof(real) * size);
+        scale(U[i], r, 1 / at->s);
+        flip(U[i], r);
+    }
+    if (x != ZERO) scale(X, r, c);
+    scale(C, r, -c);
+    flip(C, r);
+}
+
+/* Momentum M ← β·M + (1 − β)·G, read from the pair and left there as it is. */
+static inline void average(const pair_t *pair, index_t r, real beta, const real *G_A,
+                           const real *G_B, real *M_A, real *M_B) {
+    index_t ld = pad(pair->m);
+    transpose(pair->first_B, pair->m, r, M_B, ld);
+    for (index_t i = 0; i < r * ld; i++) M_B[i] = beta * M_B[i] + (1 - beta) * G_B[i];
+    for (index_t i = 0; i < r * pair->n; i++)
+        M_A[i] = beta * pair->first_A[i] + (1 - beta) * G_A[i];
+}
+
+/* P ← keep·P − lr·d, written to d and rounded as the parameter is. */
+INLINE void take_step(const real *P, real *d, index_t count, const options_t *o) {
+    real keep = sqrt(fmax(0.0, 1 - o->lr * o->weight_decay)), lr = o->lr;
+    for (index_t i = 0; i < count; i++) d[i] = (float)(keep * P[i] - lr * d[i]);
+}
+
+/* Carry the tangent vector (M_A, M_B) from one pair of factors to another by orthogonal projection:
+ * M_A' = S_B'⁻¹·B'ᵀ·M, M_B' = (I − P_B')·M·A'ᵀ·S_A'⁻¹. `work` holds six (r, r). */
+static inline void transport(const space_t *from, const space_t *to, const real *M_A,
+                             const real *M_B, real *out_A, real *out_B, real *work) {
+    index_t r = to->r, size = r * pad(r), n = to->n, ld = to->ld;
+    real *BB = work, *BM = BB + size, *MA = BM + size, *AA = MA + size, *C = AA + size, *W = C + size;
+    dot(to->B, from->B, r, ld, BB);
+    dot(to->B, M_B, r, ld, BM);
+    dot(M_A, to->A, r, n, MA);
+    dot(from->A, to->A, r, n, AA);
+    multiply(BB, MA, r, W, 0);
+    multiply(BM, AA, r, W, 1);
+    multiply(to->inv_B, W, r, C, 0);
+    multiply(C, to->inv_A, r, W, 0);
+    flip(W, r);
+    scale(W, r, -1);
+    weigh(W, to->B, r, ld, out_B, 0);
+    multiply(MA, to->inv_A, r, W, 0);
+    flip(W, r);
+    weigh(W, from->B, r, ld, out_B, 1);
+    multiply(AA, to->inv_A, r, W, 0);
+    flip(W, r);
+    weigh(W, M_B, r, ld, out_B, 1);
+    multiply(to->inv_B, BB, r, W, 0);
+    weigh(W, M_A, r, n, out_A, 0);
+    multiply(to->inv_B, BM, r, W, 0);
+    weigh(W, from->A, r, n, out_A, 1);
+}
+
+/* Write numbers in the precision of the parameters. */
+INLINE void narrow(const real *values, index_t count, float *to) {
+    for (index_t i = 0; i < count; i++) to[i] = values[i];
+}
+
+/* Write new factors and momentum. `work` holds (m, r). */
+static inline void keep(const pair_t *pair, index_t r, const real *A, const real *B, const real *M_A,
+                        const real *M_B, real *work) {
+    index_t m = pair->m, n = pair->n, ld = pad(m);
+    narrow(A, r * n, pair->A);
+    narrow(M_A, r * n, pair->first_A);
+    transpose_back(B, ld, m, r, work);
+    narrow(work, m * r, pair->B);
+    transpose_back(M_B, ld, m, r, work);
+    narrow(work, m * r, pair->first_B);
+}
+
+#endif

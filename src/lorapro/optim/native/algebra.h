@@ -84,10 +84,9 @@ INLINE void gram_block(int rows, int columns, const real *X, index_t ldx, const 
             for (int j = 0; j < columns; j++) G[i * ldg + j] = sum(total[i][j]);
 }
 
-/* G = X·Yᵀ for X (p, length) and Y (q, length); with X == Y only half is worked out. */
+/* G = X·Yᵀ for X (p, length) and Y (q, length); only half is worked out if it is symmetric. */
 static void gram(const real *X, index_t ldx, index_t p, const real *Y, index_t ldy, index_t q,
-                 index_t length, real *G, index_t ldg) {
-    int same = X == Y;
+                 index_t length, real *G, index_t ldg, int same) {
     for (index_t i = 0; i < p; i += 4)
         for (index_t j = same ? i : 0; j < q; j += 4) {
             const real *x = X + i * ldx, *y = Y + j * ldy;
@@ -153,24 +152,56 @@ static void combine(const real *C, index_t ldc, index_t q, index_t p, const real
         }
 }
 
+typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* Transpose a matrix of four rows. */
+INLINE void turn(four *rows) {
+    four a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+    four b = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+    four c = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+    four d = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+    rows[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+    rows[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+    rows[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+    rows[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
+
 /* T (r, ld) = Bᵀ for B (m, r), zero behind the m-th column. */
 static void transpose(const float *B, index_t m, index_t r, real *T, index_t ld) {
-    for (index_t i = 0; i < m; i += WIDTH) {
-        index_t rows = m - i < WIDTH ? m - i : WIDTH;
-        for (index_t j = 0; j < r; j++) {
-            for (index_t k = 0; k < rows; k++) T[j * ld + i + k] = B[(i + k) * r + j];
-            for (index_t k = rows; k < WIDTH && i + k < ld; k++) T[j * ld + i + k] = 0;
+    index_t whole = m / 4 * 4, across = r / 4 * 4;
+    for (index_t i = 0; i < whole; i += 4) {
+        for (index_t j = 0; j < across; j += 4) {
+            four rows[4];
+            for (int k = 0; k < 4; k++)
+                rows[k] = __builtin_convertvector(*(const four_floats *)(B + (i + k) * r + j), four);
+            turn(rows);
+            for (int k = 0; k < 4; k++) *(four *)(T + (j + k) * ld + i) = rows[k];
         }
+        for (index_t j = across; j < r; j++)
+            for (int k = 0; k < 4; k++) T[j * ld + i + k] = B[(i + k) * r + j];
+    }
+    for (index_t j = 0; j < r; j++) {
+        for (index_t i = whole; i < m; i++) T[j * ld + i] = B[i * r + j];
+        for (index_t i = m; i < ld; i++) T[j * ld + i] = 0;
     }
 }
 
-/* B (m, r) = Tᵀ. */
-static void transpose_back(const real *T, index_t ld, index_t m, index_t r, real *B) {
-    for (index_t i = 0; i < m; i += WIDTH) {
-        index_t rows = m - i < WIDTH ? m - i : WIDTH;
-        for (index_t j = 0; j < r; j++)
-            for (index_t k = 0; k < rows; k++) B[(i + k) * r + j] = T[j * ld + i + k];
+/* B (m, r) = Tᵀ, rounded to single precision. */
+static void transpose_back(const real *T, index_t ld, index_t m, index_t r, float *B) {
+    index_t whole = m / 4 * 4, across = r / 4 * 4;
+    for (index_t i = 0; i < whole; i += 4) {
+        for (index_t j = 0; j < across; j += 4) {
+            four rows[4];
+            for (int k = 0; k < 4; k++) rows[k] = *(const four *)(T + (j + k) * ld + i);
+            turn(rows);
+            for (int k = 0; k < 4; k++)
+                *(four_floats *)(B + (i + k) * r + j) = __builtin_convertvector(rows[k], four_floats);
+        }
+        for (index_t j = across; j < r; j++)
+            for (int k = 0; k < 4; k++) B[(i + k) * r + j] = T[j * ld + i + k];
     }
+    for (index_t j = 0; j < r; j++)
+        for (index_t i = whole; i < m; i++) B[i * r + j] = T[j * ld + i];
 }
 
 /* out = P·Q (+ out), all (r, r). */

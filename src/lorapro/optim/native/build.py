@@ -31,6 +31,7 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
+    "-fno-strict-aliasing",
 )
 LONGEST_BUILD = 300  # seconds
 

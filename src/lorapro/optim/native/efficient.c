@@ -13,10 +13,10 @@ static int efficient(const pair_t *pair, index_t r, const options_t *o, real *wo
     const real *A = widen(pair->A, r * n, D + side);
     const real *grad_A = widen(pair->grad_A, r * n, D + 2 * side);
     memset(S_A, 0, sizeof(real) * 3 * size);
-    gram(A, n, r, A, n, r, n, S_A, pad(r));
-    gram(grad_A, n, r, A, n, r, n, K, pad(r));
+    gram(A, n, r, A, n, r, n, S_A, pad(r), 1);
+    gram(grad_A, n, r, A, n, r, n, K, pad(r), 0);
     transpose(pair->B, m, r, B, ld);
-    gram(B, ld, r, B, ld, r, ld, S_B, pad(r));
+    gram(B, ld, r, B, ld, r, ld, S_B, pad(r), 1);
     int swap;
     if (!inverses(S_A, S_B, r, o, o->x, R, P, &swap, more)) return 0;
     choose_x(S_A, S_B, R, P, K, r, o->x, swap, X, C, more);
@@ -29,7 +29,7 @@ static int efficient(const pair_t *pair, index_t r, const options_t *o, real *wo
         scale(X, r, unit);
         combine(X, pad(r), r, r, A, n, n, D, n, 1);
     }
-    adamw(pair->A, D, pair->first_A, pair->second_A, pair->step_A, r * n, o);
+    adamw(pair->A, narrowed(D, r * n), pair->first_A, pair->second_A, pair->step_A, r * n, o);
 
     transpose(pair->grad_B, m, r, G, ld);
     scale(R, r, c);
@@ -37,8 +37,9 @@ static int efficient(const pair_t *pair, index_t r, const options_t *o, real *wo
     flip(C, r); /* d_Bᵀ = S_A⁻¹·grad_Bᵀ − Cᵀ·Bᵀ */
     combine(R, pad(r), r, r, G, ld, ld, D, ld, 0);
     combine(C, pad(r), r, r, B, ld, ld, D, ld, 1);
-    transpose_back(D, ld, m, r, G);
-    adamw(pair->B, G, pair->first_B, pair->second_B, pair->step_B, m * r, o);
+    float *d_B = (float *)G;
+    transpose_back(D, ld, m, r, d_B);
+    adamw(pair->B, d_B, pair->first_B, pair->second_B, pair->step_B, m * r, o);
     return 1;
 }
 

@@ -6,35 +6,28 @@
 #define SMALL 24
 #define ROWS (sizeof(real) == sizeof(float) ? 13 : 15)
 
-/* out[j] += Σ_p (X∘WX)_pj, the diagonal of Xᵀ·WX. */
-static void add_diagonal(const real *X, const real *WX, index_t r, index_t length, real *out) {
-    for (index_t p = 0; p < r; p++)
-        for (index_t j = 0; j < length; j++) out[j] += X[p * length + j] * WX[p * length + j];
-}
-
-/* Means of the squared equivalent gradient of both sides: rows (ld), columns (n). For consistent
- * gradients G_BᵀB = 0. `scratch` holds r numbers for each of the longer side, `work` three (r, r). */
+/* Means of the squared equivalent gradient g̃ = g·P_A + P_B·g·(I − P_A) along rows and columns, from
+ * the squares of g·P_A and P_B·g that `project` sums. The other part has the squares of
+ * B·(G_A·(I − P_A)) along rows and of G_B·A along columns; gradients are taken to be consistent.
+ * `scratch` holds r numbers for each of the longer side, `work` four (r, r). */
 static void squared_means(const space_t *at, const real *K, const real *G_A, const real *G_B,
                           real *rows, real *columns, real *scratch, real *work) {
     index_t r = at->r, n = at->n, ld = at->ld, size = r * pad(r);
-    real *GG = work, *GA = GG + size, *HH = GA + size, square = at->s * at->s;
+    real *GG = work, *GA = GG + size, *W = GA + size, *AG = W + size, square = at->s * at->s;
+    multiply(at->inv_B, K, r, GA, 0); /* s²·G_A·Aᵀ */
+    multiply(GA, at->inv_A, r, W, 0);
+    scale(W, r, -1 / (square * square));
+    memcpy(AG, GA, sizeof(real) * size);
+    flip(AG, r);
     dot(G_A, G_A, r, n, GG);
-    dot(G_B, G_B, r, ld, HH);
-    multiply(at->inv_B, K, r, GA, 0); /* G_A·Aᵀ */
-    scale(GA, r, 2 / square);
-    memset(rows, 0, sizeof(real) * ld);
-    memset(columns, 0, sizeof(real) * n);
+    multiply(W, AG, r, GG, 1); /* G_A·(I − P_A)·G_Aᵀ */
     weigh(GG, at->B, r, ld, scratch, 0);
-    weigh(GA, G_B, r, ld, scratch, 1);
-    add_diagonal(at->B, scratch, r, ld, rows);
-    weigh(at->S_A, G_B, r, ld, scratch, 0);
-    add_diagonal(G_B, scratch, r, ld, rows);
-    weigh(at->S_B, G_A, r, n, scratch, 0);
-    add_diagonal(G_A, scratch, r, n, columns);
-    weigh(HH, at->A, r, n, scratch, 0);
-    add_diagonal(at->A, scratch, r, n, columns);
-    for (index_t i = 0; i < ld; i++) rows[i] = fmax(rows[i] * square / n, 0);
-    for (index_t j = 0; j < n; j++) columns[j] = fmax(columns[j] * square / at->m, 0);
+    add_products(at->B, scratch, r, ld, square, rows);
+    dot(G_B, G_B, r, ld, GG);
+    weigh(GG, at->A, r, n, scratch, 0);
+    add_products(at->A, scratch, r, n, square, columns);
+    for (index_t i = 0; i < ld; i++) rows[i] = rows[i] > 0 ? rows[i] / n : 0;
+    for (index_t j = 0; j < n; j++) columns[j] = columns[j] > 0 ? columns[j] / at->m : 0;
 }
 
 /* Average the new means into the ones held, and D_row and D_col of h = D_row·M·D_col. */
@@ -76,7 +69,9 @@ static int factored(const pair_t *pair, index_t r, const options_t *o, real *wor
     if (!measure(&at, o, o->x, rest)) return 0;
     transpose(pair->grad_B, m, r, grad_B, ld);
     dot(grad_A, at.A, r, n, K);
-    project(&at, grad_A, grad_B, K, G_A, G_B, rest);
+    memset(rows, 0, sizeof(real) * ld);
+    memset(columns, 0, sizeof(real) * n);
+    project(&at, grad_A, grad_B, K, G_A, G_B, rows, columns, rest);
     average(pair, r, o->beta1, G_A, G_B, M_A, M_B);
 
     double t = *pair->step_A + 1;
@@ -89,10 +84,10 @@ static int factored(const pair_t *pair, index_t r, const options_t *o, real *wor
     times_diagonal(M_B, D_row, r, ld, L2);
     times_diagonal(M_A, D_col, r, n, R1);
     times_diagonal(at.A, D_col, r, n, R2);
-    dot(B, L1, r, ld, T1);
+    dot_same(B, L1, r, ld, T1);
     dot(B, L2, r, ld, T2);
     dot(R1, at.A, r, n, U1);
-    dot(R2, at.A, r, n, U2);
+    dot_same(R2, at.A, r, n, U2);
     weights(&at, o->x, T1, T2, U1, U2, X, C, rest);
     weigh(T1, R1, r, n, new_A, 0);
     weigh(T2, R2, r, n, new_A, 1);
@@ -108,7 +103,7 @@ static int factored(const pair_t *pair, index_t r, const options_t *o, real *wor
     *pair->step_A = t;
     narrow(rows, m, pair->second_B);
     narrow(columns, n, pair->second_A);
-    keep(pair, r, new_A, new_B, R1, L2, scratch);
+    keep(pair, r, new_A, new_B, R1, L2);
     return 1;
 }
 

@@ -55,8 +55,16 @@ INLINE const real *widen(const float *values, index_t count, real *copy) {
     return copy;
 }
 
+/* Numbers in single precision, in the same place. */
+INLINE const float *narrowed(real *values, index_t count) {
+    float *out = (float *)values;
+    if (sizeof(real) != sizeof(float))
+        for (index_t i = 0; i < count; i++) out[i] = values[i];
+    return out;
+}
+
 /* torch.optim.AdamW's rule for one tensor, d in place of its gradient. */
-static inline void adamw(float *restrict p, const real *restrict d, float *restrict mean,
+static inline void adamw(float *restrict p, const float *restrict d, float *restrict mean,
                          float *restrict square, float *step, index_t count, const options_t *o) {
     *step += 1;
     double t = *step;
@@ -99,7 +107,7 @@ static inline void choose_x(const real *S_A, const real *S_B, const real *inv_A,
         return;
     }
     real largest = 0;
-    for (index_t i = 0; i < size; i++) largest = fmax(largest, fabs(K[i]));
+    for (index_t i = 0; i < size; i++) largest = fabs(K[i]) > largest ? fabs(K[i]) : largest;
     if (!(largest > 0)) largest = 1;
     scale(K, r, 1 / largest);
     if (swap) {

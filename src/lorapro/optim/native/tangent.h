@@ -28,15 +28,21 @@ static inline int measure(space_t *at, const options_t *o, index_t x, real *work
     index_t r = at->r, size = r * pad(r);
     memset(at->S_A, 0, sizeof(real) * size);
     memset(at->S_B, 0, sizeof(real) * size);
-    gram(at->A, at->n, r, at->A, at->n, r, at->n, at->S_A, pad(r));
-    gram(at->B, at->ld, r, at->B, at->ld, r, at->ld, at->S_B, pad(r));
+    gram(at->A, at->n, r, at->A, at->n, r, at->n, at->S_A, pad(r), 1);
+    gram(at->B, at->ld, r, at->B, at->ld, r, at->ld, at->S_B, pad(r), 1);
     return inverses(at->S_A, at->S_B, r, o, x, at->inv_A, at->inv_B, &at->swap, work);
 }
 
 /* X·Yᵀ as an (r, r) matrix with zeros behind the r-th column. */
 INLINE void dot(const real *X, const real *Y, index_t r, index_t length, real *out) {
     memset(out, 0, sizeof(real) * r * pad(r));
-    gram(X, length, r, Y, length, r, length, out, pad(r));
+    gram(X, length, r, Y, length, r, length, out, pad(r), X == Y);
+}
+
+/* The same where it is known to be symmetric. */
+INLINE void dot_same(const real *X, const real *Y, index_t r, index_t length, real *out) {
+    memset(out, 0, sizeof(real) * r * pad(r));
+    gram(X, length, r, Y, length, r, length, out, pad(r), 1);
 }
 
 /* out (r, length) = W·X (+ out) for an (r, r) matrix W. */
@@ -44,22 +50,34 @@ INLINE void weigh(const real *W, const real *X, index_t r, index_t length, real 
     combine(W, pad(r), r, r, X, length, length, out, length, add);
 }
 
-/* The gradient as a tangent vector, X = 0: T_A = S_B⁻¹·grad_A/s², T_B = (grad_B − B·S_B⁻¹·K)·S_A⁻¹/s².
- * K = grad_A·Aᵀ is left in place, C is S_B⁻¹·K·S_A⁻¹/s²ᵀ. `work` holds two (r, r). */
+/* out[j] += unit·Σ_p (X∘Y)_pj. */
+INLINE void add_products(const real *X, const real *Y, index_t r, index_t length, real unit,
+                         real *out) {
+    for (index_t p = 0; p < r; p++)
+        for (index_t j = 0; j < length; j++) out[j] += unit * X[p * length + j] * Y[p * length + j];
+}
+
+/* The gradient as a tangent vector, X = 0: T_A = S_B⁻¹·grad_A/s² and T_B = (grad_B − B·S_B⁻¹·K)·
+ * S_A⁻¹/s² with K = grad_A·Aᵀ. If asked for, squares of g·P_A are summed along rows and those of
+ * P_B·g along columns, which costs no product: (g·P_A)∘(g·P_A) sums to grad_B·S_A⁻¹∘grad_B/s².
+ * `work` holds two (r, r). */
 static inline void project(const space_t *at, const real *grad_A, const real *grad_B, const real *K,
-                           real *T_A, real *T_B, real *work) {
+                           real *T_A, real *T_B, real *rows, real *columns, real *work) {
     index_t r = at->r, size = r * pad(r);
     real c = 1 / (at->s * at->s), *C = work, *W = C + size;
-    multiply(at->inv_B, K, r, W, 0);
-    multiply(W, at->inv_A, r, C, 0);
-    flip(C, r);
-    scale(C, r, -c);
     memcpy(W, at->inv_B, sizeof(real) * size);
     scale(W, r, c);
     weigh(W, grad_A, r, at->n, T_A, 0);
+    if (columns) add_products(grad_A, T_A, r, at->n, 1, columns);
+    multiply(W, K, r, C, 0);
+    multiply(C, at->inv_A, r, W, 0);
+    memcpy(C, W, sizeof(real) * size);
+    scale(C, r, -1);
+    flip(C, r);
     memcpy(W, at->inv_A, sizeof(real) * size);
     scale(W, r, c);
     weigh(W, grad_B, r, at->ld, T_B, 0);
+    if (rows) add_products(grad_B, T_B, r, at->ld, 1, rows);
     weigh(C, at->B, r, at->ld, T_B, 1);
 }
 
@@ -140,16 +158,14 @@ INLINE void narrow(const real *values, index_t count, float *to) {
     for (index_t i = 0; i < count; i++) to[i] = values[i];
 }
 
-/* Write new factors and momentum. `work` holds (m, r). */
-static inline void keep(const pair_t *pair, index_t r, const real *A, const real *B, const real *M_A,
-                        const real *M_B, real *work) {
+/* Write new factors and momentum. */
+static inline void keep(const pair_t *pair, index_t r, const real *A, const real *B,
+                        const real *M_A, const real *M_B) {
     index_t m = pair->m, n = pair->n, ld = pad(m);
     narrow(A, r * n, pair->A);
     narrow(M_A, r * n, pair->first_A);
-    transpose_back(B, ld, m, r, work);
-    narrow(work, m * r, pair->B);
-    transpose_back(M_B, ld, m, r, work);
-    narrow(work, m * r, pair->first_B);
+    transpose_back(B, ld, m, r, pair->B);
+    transpose_back(M_B, ld, m, r, pair->first_B);
 }
 
 #endif

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorapro.optim.adam_rule import AdamRule
 from lorapro.optim.base import PAIRS
+from lorapro.optim.native.steps import step_pairs
 from lorapro.optim.polar import polar_core, polar_factor
 from lorapro.optim.spaces import Direction, ExactSpace, FastSpace, Space, Tangent
 from lorapro.optim.stacking import Bucket, plain_gradients
@@ -100,9 +101,18 @@ class LoraProMuon(AdamRule, TangentOptimizer):
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""
         if group["role"] == PAIRS:
-            self.tangent_update(group)
+            betas = group["momentum"], 0.0
+            flag = bool(group["nesterov"])
+            self.tangent_update(
+                step_pairs(group, "muon", self.muon_states, betas=betas, flag=flag)
+            )
         else:
             self.adamw_update(*plain_gradients(group), group)
+
+    def muon_states(self, A: Tensor, B: Tensor) -> list[Tensor]:
+        """Momentum and counter of one pair of matrices, made if need be."""
+        momentum_A, momentum_B, step = self.tangent_states(A, B)
+        return [momentum_A, momentum_B, step, step, step]  # no second moments
 
     def decay(self, group: dict[str, Any]) -> float:
         """μ."""

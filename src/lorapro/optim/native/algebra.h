@@ -204,22 +204,19 @@ static void transpose_back(const real *T, index_t ld, index_t m, index_t r, floa
         for (index_t i = whole; i < m; i++) B[i * r + j] = T[j * ld + i];
 }
 
-/* out = P·Q (+ out), all (r, r). */
-INLINE void multiply(const real *P, const real *Q, index_t r, real *out, int add) {
-    combine(P, pad(r), r, r, Q, pad(r), pad(r), out, pad(r), add);
-}
-
-/* Sum of the products of all entries. */
-static real inner(const real *P, const real *Q, index_t r) {
-    vector total = {0};
-    for (index_t i = 0; i < r * pad(r); i += WIDTH) total += load(P + i) * load(Q + i);
-    return sum(total);
-}
-
-INLINE real trace(const real *S, index_t r) {
-    real total = 0;
-    for (index_t i = 0; i < r; i++) total += S[i * pad(r) + i];
-    return total;
+/* out = Sᵀ for small matrices. */
+static void turned(const real *S, index_t r, real *out) {
+    index_t ld = pad(r);
+    for (index_t i = 0; i < r; i += 4)
+        for (index_t j = 0; j < r; j += 4) {
+            index_t rows = r - i < 4 ? r - i : 4, columns = r - j < 4 ? r - j : 4;
+            four block[4] = {{0}};
+            for (index_t k = 0; k < rows; k++) block[k] = *(const four *)(S + (i + k) * ld + j);
+            turn(block);
+            for (index_t k = 0; k < columns; k++) *(four *)(out + (j + k) * ld + i) = block[k];
+        }
+    for (index_t i = 0; i < r; i++)
+        for (index_t j = (r + 3) / 4 * 4; j < ld; j++) out[i * ld + j] = 0;
 }
 
 /* S ← Sᵀ. */
@@ -236,6 +233,24 @@ INLINE void flip(real *S, index_t r) {
 /* S ← factor·S. */
 INLINE void scale(real *S, index_t r, real factor) {
     for (index_t i = 0; i < r * pad(r); i += WIDTH) store(S + i, load(S + i) * factor);
+}
+
+/* out = P·Q (+ out), all (r, r). */
+INLINE void multiply(const real *P, const real *Q, index_t r, real *out, int add) {
+    combine(P, pad(r), r, r, Q, pad(r), pad(r), out, pad(r), add);
+}
+
+/* Sum of the products of all entries. */
+static real inner(const real *P, const real *Q, index_t r) {
+    vector total = {0};
+    for (index_t i = 0; i < r * pad(r); i += WIDTH) total += load(P + i) * load(Q + i);
+    return sum(total);
+}
+
+INLINE real trace(const real *S, index_t r) {
+    real total = 0;
+    for (index_t i = 0; i < r; i++) total += S[i * pad(r) + i];
+    return total;
 }
 
 /* Invert `count` rows and columns of S from k on, by Gauss and Jordan; returns 0 if it cannot. */

@@ -88,7 +88,10 @@ static int factored(const pair_t *pair, index_t r, const options_t *o, real *wor
     dot(B, L2, r, ld, T2);
     dot(R1, at.A, r, n, U1);
     dot_same(R2, at.A, r, n, U2);
-    weights(&at, o->x, T1, T2, U1, U2, X, C, rest);
+    multiply(T1, U1, r, K, 0);
+    multiply(T2, U2, r, K, 1);
+    scale(K, r, at.s);
+    weights(&at, o->x, K, T1, T2, U1, U2, X, C, rest);
     weigh(T1, R1, r, n, new_A, 0);
     weigh(T2, R2, r, n, new_A, 1);
     if (o->x != ZERO) weigh(X, at.A, r, n, new_A, 1);

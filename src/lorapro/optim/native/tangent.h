@@ -81,17 +81,14 @@ static inline void project(const space_t *at, const real *grad_A, const real *gr
     weigh(C, at->B, r, at->ld, T_B, 1);
 }
 
-/* h = L₁·R₁ + L₂·R₂ of what a rule does with W, and the step it makes, (d_A, d_B) =
- * align(s·Bᵀh, s·h·Aᵀ). Only the products with the factors count: T_i = Bᵀ·L_i, U_i = R_i·Aᵀ. What
- * the long sides are to be multiplied by comes out: d_A = W₁·R₁ + W₂·R₂ + X·A in place of T_i, and
- * d_Bᵀ = V₁·L₁ᵀ + V₂·L₂ᵀ + C·Bᵀ in place of U_i. `work` holds nine (r, r). */
-static inline void weights(const space_t *at, index_t x, real *T1, real *T2, real *U1, real *U2,
-                           real *X, real *C, real *work) {
+/* The step that a rule's h makes, (d_A, d_B) = align(s·Bᵀh, s·h·Aᵀ). h comes as two sums of products
+ * with a long side, Bᵀh = T₁·R₁ + T₂·R₂ and h·Aᵀ = L₁·U₁ + L₂·U₂, and as K = s·Bᵀh·Aᵀ, which is
+ * changed. What the long sides are to be multiplied by comes out: d_A = T₁·R₁ + T₂·R₂ + X·A, and
+ * d_Bᵀ = U₁·L₁ᵀ + U₂·L₂ᵀ + C·Bᵀ, each in its place. `work` holds eight (r, r). */
+static inline void weights(const space_t *at, index_t x, real *K, real *T1, real *T2, real *U1,
+                           real *U2, real *X, real *C, real *work) {
     index_t r = at->r, size = r * pad(r);
-    real c = 1 / (at->s * at->s), *K = work, *W = K + size;
-    multiply(T1, U1, r, K, 0);
-    multiply(T2, U2, r, K, 1);
-    scale(K, r, at->s);
+    real c = 1 / (at->s * at->s), *W = work;
     choose_x(at->S_A, at->S_B, at->inv_A, at->inv_B, K, r, x, at->swap, X, C, W);
     real *T[] = {T1, T2}, *U[] = {U1, U2};
     for (int i = 0; i < 2; i++) {

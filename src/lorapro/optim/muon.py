@@ -103,9 +103,7 @@ class LoraProMuon(AdamRule, TangentOptimizer):
         if group["role"] == PAIRS:
             betas = group["momentum"], 0.0
             flag = bool(group["nesterov"])
-            self.tangent_update(
-                step_pairs(group, "muon", self.muon_states, betas=betas, flag=flag)
-            )
+            self.tangent_update(step_pairs(group, "muon", self.muon_states, betas=betas, flag=flag))
         else:
             self.adamw_update(*plain_gradients(group), group)
 

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lorapro.cache import cache_folder
@@ -77,11 +78,14 @@ def _built(compiler: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     logger.info(f"compiling {target}, once.")
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        objects = []
+        objects, commands = [], []
         for source in (p for p in sources if p.suffix == ".c"):
             for real in PRECISIONS:
                 objects.append(str(Path(work) / f"{source.stem}-{real}.o"))
-                _run([compiler, *FLAGS, f"-DREAL={real}", "-c", str(source), "-o", objects[-1]])
+                files = ["-c", str(source), "-o", objects[-1]]
+                commands.append([compiler, *FLAGS, f"-DREAL={real}", *files])
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            list(workers.map(_run, commands))
         made = Path(work) / target.name
         # Not linked to a library of OpenMP: one is there, PyTorch's.
         _run([compiler, "-shared", *objects, "-o", str(made), "-lm"])

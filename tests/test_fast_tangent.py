@@ -1,4 +1,4 @@
-"""The float32 path of factored AdamW, Muon and full mode against their exact path."""
+"""The float32 paths, in PyTorch and compiled, of factored AdamW, Muon and full mode."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ RULES = {
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
+@pytest.fixture(autouse=True, params=["0", "1"], ids=["pytorch", "compiled"])
+def both_ways(request, monkeypatch):
+    monkeypatch.setenv("LORAPRO_NATIVE", request.param)
+
+
 def copies(pairs):
     return [
         LoraPair(
@@ -40,9 +45,7 @@ def travelled(pair, start):
 @every_rule
 @pytest.mark.parametrize("x", ["zero", "sylvester", "symmetric"])
 @pytest.mark.parametrize("r", [4, 20, 33])
-@pytest.mark.parametrize("native", ["0", "1"])
-def test_steps_are_those_of_the_exact_path(rule, x, r, native, monkeypatch):
-    monkeypatch.setenv("LORAPRO_NATIVE", native)
+def test_steps_are_those_of_the_exact_path(rule, x, r, monkeypatch):
     generator = torch.Generator().manual_seed(r)
     shapes = [(48, 64), (64, 48), (48, 64), (40, 128)]
     pairs = [

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lorapro.choices import check_choice
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, AdamRule, new_adam_state
+from lorapro.optim.aligned import aligned_gradients
 from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.factored import scales, squared_means
 from lorapro.optim.native.steps import step_pairs
 from lorapro.optim.spaces import Direction, Space, Tangent
-from lorapro.optim.stacking import Bucket, aligned_gradients, plain_gradients
+from lorapro.optim.stacking import Bucket, plain_gradients
 from lorapro.optim.stacks import Tall, Wide, split
 from lorapro.optim.tangent import TangentOptimizer, gradients, spaces, take_steps
 
@@ -143,7 +144,9 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
                 eps=group["eps"],
                 flag=group["steady"],
             )
-            for params, directions in aligned_gradients(rest, group["x"], steady=group["steady"]):
+            for params, directions in aligned_gradients(
+                rest, group["x"], steady=group["steady"], native=False
+            ):
                 self.adamw_update(params, directions, group)
         elif group["mode"] == "factored":
             self.tangent_update(

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lorapro.choices import check_choice
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
-from lorapro.optim.stacking import aligned_gradients
+from lorapro.optim.aligned import aligned_gradients
 from lorapro.param_groups import lora_param_groups
 
 __all__ = ["align_gradients"]

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from lorapro.optim.aligned import aligned_gradients
 from lorapro.optim.base import PAIRS, PairOptimizer
-from lorapro.optim.stacking import aligned_gradients, plain_gradients
+from lorapro.optim.stacking import plain_gradients
 
 __all__ = ["LoraProSGD"]
 

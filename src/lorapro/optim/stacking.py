@@ -1,4 +1,4 @@
-"""Pairs of one shape stacked into batches, and their aligned gradients.
+"""Pairs of one shape stacked into batches.
 
 Shape letters: m, n rows and columns of W; r rank; k matrices in a stack.
 """
@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from lorapro.factors import as_A, as_B, from_A, from_B
-from lorapro.functional import align
-from lorapro.optim.batched import align_batched
 
 __all__ = [
     "Bucket",
-    "aligned_gradients",
     "buckets",
     "in_parts",
     "keep_freed_memory",
@@ -242,40 +239,6 @@ def in_parts(group: dict[str, Any]) -> Iterator[list[Bucket]]:
             part = together.setdefault(rank, [])
         part.append(b)
     yield from together.values()
-
-
-@torch.no_grad()
-def aligned_gradients(
-    group: dict[str, Any], x: str, *, steady: bool = False
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield (parameters, aligned gradients) of a pairs group, part by part.
-
-    With ``steady`` d_A comes in units of its partner, ``(s·‖B‖/√r)·d_A``.
-    """
-    for part in in_parts(group):
-        params: list[Tensor] = []
-        directions: list[Tensor] = []
-        for b, (d_A, d_B) in zip(part, _aligned(part, x), strict=True):
-            if steady and d_A is not None:
-                d_A = d_A * _partner_size(b).to(d_A.dtype)
-            p, d = b.by_parameter(d_A, d_B)
-            params += p
-            directions += d
-        yield params, directions
-
-
-def _aligned(part: list[Bucket], x: str) -> list[Any]:
-    """Align buckets of one rank with their r×r algebra in common, or a single one exactly."""
-    if part[0].fits_batched:
-        stacks: list[Any] = [(b.both_A, b.B, b.grad_B) for b in part]
-        return align_batched(stacks, [b.scaling for b in part], x)
-    return [align(b.A, b.B, b.grad_A, b.grad_B, b.scaling, x=x) for b in part]
-
-
-def _partner_size(b: Bucket) -> Tensor:
-    """``s·‖B‖_F/√r``, (k, 1, 1) in float64."""
-    B = b.B.to(torch.promote_types(b.B.dtype, torch.float32))
-    return b.s * B.norm(dim=(-2, -1), keepdim=True) / B.shape[-1] ** 0.5
 
 
 def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

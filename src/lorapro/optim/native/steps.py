@@ -17,7 +17,10 @@ from lorapro.functional import X_CHOICES
 from lorapro.optim.batched import MOST_CONDITION, MOST_SMALLER_CONDITION
 from lorapro.optim.native.build import PRECISIONS, library
 
-__all__ = ["STATE_SLOTS", "step_pairs"]
+__all__ = ["PER_PAIR", "STATE_SLOTS", "step_pairs"]
+
+# Entries of a group with something for each pair.
+PER_PAIR = ("params", "names", "scalings", "layouts", "blocks")
 
 # How many tensors of state pair_t of pairs.h has room for.
 STATE_SLOTS = 6
@@ -53,6 +56,7 @@ def step_pairs(
     Those are pairs of plain contiguous float32 matrices in main memory, both of whose factors have
     a gradient and full rank (condition up to 1e5): the aligned gradients are those of
     :func:`lorapro.functional.align`, g̃ to 1e-3 and (d_A, d_B) to 1e-2, as on PyTorch's fast path.
+    Gradients are taken to belong together, ``grad_A·Aᵀ = Bᵀ·grad_B``, as autograd's do.
 
     Args:
         group: a group of pairs.
@@ -98,8 +102,9 @@ def step_pairs(
         done = _call(built, rule, rank, tables[rank], len(chosen), numbers, options)
         left += [i for i, stepped in zip(chosen, done, strict=True) if not stepped]
         changed = [i for i, stepped in zip(chosen, done, strict=True) if stepped]
-        # Autograd would not notice by itself that graphs hold outdated values.
-        increment_version([p for i in changed for p in params[2 * i : 2 * i + 2]])
+        if group["lr"]:
+            # Autograd would not notice by itself that graphs hold outdated values.
+            increment_version([p for i in changed for p in params[2 * i : 2 * i + 2]])
     return group if len(left) == len(params) // 2 else _only(group, left)
 
 
@@ -154,8 +159,6 @@ def _call(
 
 def _only(group: dict[str, Any], members: list[int]) -> dict[str, Any]:
     """The group with some of its pairs."""
-    kept = {k: [group[k][i] for i in members] for k in ("scalings", "layouts", "blocks")}
-    if "names" in group:
-        kept["names"] = [group["names"][i] for i in members]
+    kept = {k: [group[k][i] for i in members] for k in PER_PAIR[1:] if k in group}
     params = [p for i in members for p in group["params"][2 * i : 2 * i + 2]]
     return {**group, **kept, "params": params}

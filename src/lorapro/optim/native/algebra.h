@@ -25,6 +25,10 @@ typedef real vector __attribute__((vector_size(BYTES), aligned(4), may_alias));
 
 INLINE index_t pad(index_t length) { return (length + WIDTH - 1) / WIDTH * WIDTH; }
 
+/* The same for rows of the transpose of B. An odd number of vectors spreads rows over the sets of the
+ * cache, where a power of two would crowd them into a few. */
+INLINE index_t stride(index_t length) { return (pad(length) / WIDTH | 1) * WIDTH; }
+
 INLINE vector load(const real *from) { return *(const vector *)from; }
 
 INLINE void store(real *to, vector v) { *(vector *)to = v; }

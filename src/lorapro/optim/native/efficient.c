@@ -11,7 +11,7 @@
 enum use { STEP, STORE };
 
 INLINE int align(const pair_t *pair, index_t r, const options_t *o, real *work, enum use use) {
-    index_t m = pair->m, n = pair->n, ld = pad(m), size = r * pad(r), side = r * (m > n ? pad(m) : pad(n));
+    index_t m = pair->m, n = pair->n, ld = stride(m), size = r * pad(r), side = r * stride(m > n ? m : n);
     real *S_A = work, *S_B = S_A + size, *K = S_B + size, *P = K + size, *R = P + size,
          *X = R + size, *C = X + size, *more = C + size;
     real *B = work + SMALL * size, *G = B + side, *D = G + side;

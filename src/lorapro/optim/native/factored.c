@@ -54,8 +54,8 @@ INLINE void times_diagonal(const real *X, const real *D, index_t r, index_t leng
 }
 
 static int factored(const pair_t *pair, index_t r, const options_t *o, real *work) {
-    index_t m = pair->m, n = pair->n, ld = pad(m), size = r * pad(r);
-    index_t side = r * (m > n ? pad(m) : pad(n));
+    index_t m = pair->m, n = pair->n, ld = stride(m), size = r * pad(r);
+    index_t side = r * stride(m > n ? m : n);
     real *K = work, *T1 = K + size, *T2 = T1 + size, *U1 = T2 + size, *U2 = U1 + size,
          *X = U2 + size, *C = X + size, *held = C + size, *rest = held + 8 * size;
     real *B = work + SMALL * size, *grad_B = B + side, *G_A = grad_B + side, *G_B = G_A + side,

@@ -99,8 +99,8 @@ static void polar_weights(const space_t *at, const real *NA, real *NN, real *MM,
 }
 
 static int muon(const pair_t *pair, index_t r, const options_t *o, real *work) {
-    index_t m = pair->m, n = pair->n, ld = pad(m), size = r * pad(r);
-    index_t side = r * (m > n ? pad(m) : pad(n));
+    index_t m = pair->m, n = pair->n, ld = stride(m), size = r * pad(r);
+    index_t side = r * stride(m > n ? m : n);
     real *K = work, *T1 = K + size, *T2 = T1 + size, *U1 = T2 + size, *U2 = U1 + size,
          *X = U2 + size, *C = X + size, *NA = C + size, *H11 = NA + size, *H12 = H11 + size,
          *H21 = H12 + size, *H22 = H21 + size, *held = H22 + size, *rest = held + 8 * size;

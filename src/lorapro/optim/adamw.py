@@ -159,7 +159,10 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
                 )
             )
         else:
-            for part, space in spaces(group):
+            rest = step_pairs(
+                group, "full", self.full_states, betas=group["betas"], eps=group["eps"]
+            )
+            for part, space in spaces(rest):
                 self._full_update(part, space, group)
 
     def decay(self, group: dict[str, Any]) -> float:
@@ -199,6 +202,19 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
             for out, wide in zip(right, (M.A, space.A), strict=True):
                 out.append(wide.parts[i] * D_col.unsqueeze(-2))
         return Direction((Tall(left[0]), Tall(left[1])), (Wide(right[0]), Wide(right[1])))
+
+    def full_states(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Full mode's moments (1, m, n) and step counter of a pair of matrices."""
+        state, shape = self.state[B], (1, len(B), A[0].numel())
+        if not state:
+            state.update(new_adam_state(B, shape=torch.Size(shape)))
+        for key in (EXP_AVG, EXP_AVG_SQ):
+            if state[key].shape != shape:
+                raise ValueError(
+                    f"{key} of a pair in full mode is {tuple(state[key].shape)}, expected {shape}: "
+                    "the state loaded was saved for another model."
+                )
+        return state[EXP_AVG], state[EXP_AVG_SQ], state[STEP]
 
     def _full_update(self, part: list[Bucket], space: Space, group: dict[str, Any]) -> None:
         """Algorithm 3. The (m, n) part goes pair by pair."""

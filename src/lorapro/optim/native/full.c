@@ -12,7 +12,7 @@
 #define SMALL (7 + 7 + (3 * TILE_ROWS + WIDTH - 1) / WIDTH + 3)
 #define SIDES 6
 
-/* What is shaped like B is transposed, (r, ld) with ld = pad(m); what is shaped like A has rows
+/* What is shaped like B is transposed, (r, ld) with ld = stride(m); what is shaped like A has rows
  * `ldn` apart and zeros behind the n-th column. */
 typedef struct {
     index_t m, n, r, ld, ldn;
@@ -22,12 +22,9 @@ typedef struct {
     real *coefficients, *part;
 } full_t;
 
-/* An odd number of vectors: rows start in different sets of the cache. */
-INLINE index_t spread(index_t length) { return (pad(length) / WIDTH | 1) * WIDTH; }
-
 static full_t laid_out(const pair_t *pair, index_t r, real *work) {
-    index_t size = r * pad(r), tall = r * pad(pair->m), wide = r * spread(pair->n);
-    full_t f = {.m = pair->m, .n = pair->n, .r = r, .ld = pad(pair->m), .ldn = spread(pair->n)};
+    index_t size = r * pad(r), tall = r * stride(pair->m), wide = r * stride(pair->n);
+    full_t f = {.m = pair->m, .n = pair->n, .r = r, .ld = stride(pair->m), .ldn = stride(pair->n)};
     real **small[] = {&f.S_A, &f.S_B, &f.inv_A, &f.inv_B, &f.K, &f.X, &f.C, &f.work};
     real **sides[] = {&f.B, &f.G_B, &f.h_B, &f.G_A, &f.A, &f.h_A};
     for (int i = 0; i < 8; i++) *small[i] = work + i * size;

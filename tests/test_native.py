@@ -204,6 +204,30 @@ def test_autograd_notices_the_step():
         loss.backward()
 
 
+@needs_library
+@pytest.mark.parametrize("mode", ["efficient", "factored", "full", "muon"])
+def test_a_state_of_another_rank_is_refused(mode):
+    generator = torch.Generator().manual_seed(0)
+
+    def made(r):
+        pair = a_pair("0", 24, 24, r, 3.0, 0.3, generator)
+        feed_dense_gradient(pair, torch.randn(pair.shape, generator=generator))
+        groups = lorapro.lora_param_groups(None, pairs=[pair])
+        if mode == "muon":
+            return lorapro.LoraProMuon(groups)
+        return lorapro.LoraProAdamW(groups, mode=mode)
+
+    saved, other = made(4), made(8)
+    saved.step()
+    state = saved.state_dict()
+    if mode == "full":  # the same at every rank: cut it
+        for held in state["state"].values():
+            held |= {k: v[:, :20] for k, v in held.items() if v.dim() == 3}
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="saved for another model or rank"):
+        other.step()
+
+
 WITHOUT_A_COMPILER = """
 import logging, os, torch, lorapro
 from lorapro.factors import LoraPair

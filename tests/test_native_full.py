@@ -304,7 +304,7 @@ def test_moments_of_another_shape_are_refused():
     saved = optimizers[1].state_dict()
     saved["param_groups"][0]["names"] = optimizers[0].param_groups[0]["names"]
     optimizers[0].load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"exp_avg .* is \(1, 24, 20\), expected \(1, 24, 40\)"):
+    with pytest.raises(ValueError, match=r"exp_avg .* is \(1, 24, 20\), expected 960 numbers"):
         optimizers[0].step()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-__all__ = ["EXP_AVG", "EXP_AVG_SQ", "STEP", "AdamRule", "new_adam_state"]
+__all__ = ["EXP_AVG", "EXP_AVG_SQ", "STEP", "AdamRule", "check_state", "new_adam_state"]
 
 STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
 
@@ -26,6 +26,23 @@ def new_adam_state(p: Tensor, shape: torch.Size | None = None) -> dict[str, Tens
         EXP_AVG: torch.zeros(shape, dtype=dtype, device=p.device),
         EXP_AVG_SQ: torch.zeros(shape, dtype=dtype, device=p.device),
     }
+
+
+def check_state(held: dict[str, Tensor], key: str, count: int) -> Tensor:
+    """The tensor of a state, which may have been loaded.
+
+    Raises:
+        ValueError: it has not as many numbers as it should.
+
+    >>> check_state({"exp_avg": torch.zeros(2, 3)}, "exp_avg", 6).shape
+    torch.Size([2, 3])
+    """
+    if held[key].numel() != count:
+        raise ValueError(
+            f"{key} of a pair is {tuple(held[key].shape)}, expected {count} numbers: the state "
+            "loaded was saved for another model or rank."
+        )
+    return held[key]
 
 
 class AdamRule:
@@ -47,7 +64,12 @@ class AdamRule:
         for p, held in zip(params, states, strict=True):
             if not held:
                 held.update(new_adam_state(p))
-        return [held[key] for key in (EXP_AVG, EXP_AVG_SQ, STEP) for held in states]
+        sized = [
+            check_state(held, key, p.numel())
+            for key in (EXP_AVG, EXP_AVG_SQ)
+            for p, held in zip(params, states, strict=True)
+        ]
+        return sized + [held[STEP] for held in states]
 
     def adamw_update(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]

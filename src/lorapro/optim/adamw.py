@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from lorapro.choices import check_choice
-from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, AdamRule, new_adam_state
+from lorapro.optim.adam_rule import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    STEP,
+    AdamRule,
+    check_state,
+    new_adam_state,
+)
 from lorapro.optim.aligned import aligned_gradients
 from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.factored import scales, squared_means
@@ -178,7 +185,8 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
     def factored_states(self, A: Tensor, B: Tensor) -> list[Tensor]:
         """What factored mode keeps of one pair of matrices, made if need be."""
         momentum_A, momentum_B, step = self.tangent_states(A, B)
-        return [momentum_A, momentum_B, self.state[A][COLUMNS], self.state[B][ROWS], step]
+        columns = check_state(self.state[A], COLUMNS, A[0].numel())
+        return [momentum_A, momentum_B, columns, check_state(self.state[B], ROWS, len(B)), step]
 
     def direction(
         self, group: dict[str, Any], part: list[Bucket], space: Space, M: Tangent, G: Tangent
@@ -203,18 +211,13 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
                 out.append(wide.parts[i] * D_col.unsqueeze(-2))
         return Direction((Tall(left[0]), Tall(left[1])), (Wide(right[0]), Wide(right[1])))
 
-    def full_states(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def full_states(self, A: Tensor, B: Tensor) -> list[Tensor]:
         """Full mode's moments (1, m, n) and step counter of a pair of matrices."""
-        state, shape = self.state[B], (1, len(B), A[0].numel())
+        state, m, n = self.state[B], len(B), A[0].numel()
         if not state:
-            state.update(new_adam_state(B, shape=torch.Size(shape)))
-        for key in (EXP_AVG, EXP_AVG_SQ):
-            if state[key].shape != shape:
-                raise ValueError(
-                    f"{key} of a pair in full mode is {tuple(state[key].shape)}, expected {shape}: "
-                    "the state loaded was saved for another model."
-                )
-        return state[EXP_AVG], state[EXP_AVG_SQ], state[STEP]
+            state.update(new_adam_state(B, shape=torch.Size((1, m, n))))
+        moments = [check_state(state, key, m * n) for key in (EXP_AVG, EXP_AVG_SQ)]
+        return [*moments, state[STEP]]
 
     def _full_update(self, part: list[Bucket], space: Space, group: dict[str, Any]) -> None:
         """Algorithm 3. The (m, n) part goes pair by pair."""

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorapro.optim.adam_rule import check_state
 from lorapro.optim.base import PairOptimizer
 from lorapro.optim.spaces import Direction, ExactSpace, FastSpace, Space, Tangent
 from lorapro.optim.stacking import Bucket, in_parts
@@ -65,7 +66,8 @@ class TangentOptimizer(PairOptimizer):
         if MOMENTUM not in self.state[B]:
             rank = A.shape[0]
             self.new_state(A, B, 1, B.numel() // rank, A.numel() // rank)
-        return [self.state[A][MOMENTUM], self.state[B][MOMENTUM], self.state[B][STEP]]
+        momentum = [check_state(self.state[p], MOMENTUM, p.numel()) for p in (A, B)]
+        return [*momentum, self.state[B][STEP]]
 
     @torch.no_grad()
     def tangent_update(self, group: dict[str, Any]) -> None:

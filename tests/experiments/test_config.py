@@ -72,7 +72,13 @@ def test_flags_that_cannot_be_meant(flags, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n- b\n", "found list"), ("a: [1\n", "not a YAML file"), ("", "found NoneType")],
+    [
+        ("- a\n- b\n", "found list"),
+        ("a: [1\n", "not a YAML file"),
+        ("", "found NoneType"),
+        ("rank: 8\nrank: 4\n", "gives 'rank' more than once"),
+        ("methods:\n  lora: 1\n  lora: 2\n", "gives 'lora' more than once"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path, text, message):
     path = tmp_path / "c.yaml"

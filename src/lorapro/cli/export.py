@@ -99,7 +99,7 @@ def _initial_folder(target: Path, given: str | None) -> Path | None:
 def _method_of(target: Path) -> str:
     """Method of the run that a folder belongs to, or ``""``."""
     from lorapro.experiments import folders
-    from lorapro.experiments.config import read_yaml
+    from lorapro.experiments.yaml_file import read_yaml
 
     for folder in (target, target.parent):
         if (folder / folders.CONFIG).is_file():

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapro.experiments.config import COMPARE_ONLY, Config, build_config, read_yaml
+from lorapro.experiments.config import COMPARE_ONLY, Config, build_config
 from lorapro.experiments.errors import UserError, check_name
 from lorapro.experiments.methods import METHODS
+from lorapro.experiments.yaml_file import read_yaml
 
 __all__ = ["STRATEGIES", "Comparison", "Entry", "load_comparison"]
 

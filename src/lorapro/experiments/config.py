@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lorapro.experiments.errors import UserError, check_name, nearest_hint
 from lorapro.experiments.methods import METHODS
+from lorapro.experiments.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["Config", "ExperimentArguments", "build_config", "load_config", "read_yaml"]
+__all__ = ["Config", "ExperimentArguments", "build_config", "load_config"]
 
 # What differs from TrainingArguments' own defaults, unless the config says otherwise.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -248,27 +249,6 @@ def _as_flags(values: Mapping[str, Any]) -> list[str]:
         else:
             flags.append(f"--{key}={value}")
     return flags
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping.
-
-    Raises:
-        UserError: no such file, not YAML, or not a mapping of names to values.
-    """
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no config file {str(path)!r}")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not a YAML file: {reason}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path} must hold 'key: value' lines, found {type(values).__name__}")
-    return values
 
 
 _AT_LEAST_ONE = (

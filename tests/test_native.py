@@ -228,6 +228,27 @@ def test_a_state_of_another_rank_is_refused(mode):
         other.step()
 
 
+@pytest.mark.parametrize("mode", ["efficient", "factored", "full", "muon"])
+def test_a_compiled_caller_takes_the_same_steps(mode):
+    def run(compiled):
+        generator = torch.Generator().manual_seed(0)
+        pairs = [a_pair(str(i), 24, 20, 4, 3.0, 0.3, generator) for i in range(2)]
+        groups = lorapro.lora_param_groups(None, pairs=pairs)
+        if mode == "muon":
+            optimizer = lorapro.LoraProMuon(groups)
+        else:
+            optimizer = lorapro.LoraProAdamW(groups, mode=mode)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(2):
+            for pair in pairs:
+                feed_dense_gradient(pair, torch.randn(pair.shape, generator=generator))
+            step()
+        return [p.detach() for pair in pairs for p in (pair.A, pair.B)]
+
+    for one, two in zip(run(False), run(True), strict=True):
+        assert torch.equal(one, two)
+
+
 WITHOUT_A_COMPILER = """
 import logging, os, torch, lorapro
 from lorapro.factors import LoraPair

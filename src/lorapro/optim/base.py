@@ -70,6 +70,7 @@ class PairOptimizer(Optimizer):
         """Step one group."""
         raise NotImplementedError
 
+    @torch.compiler.disable  # nothing to fuse, and tensors that come and go make it compile anew
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.

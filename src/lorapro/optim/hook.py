@@ -76,6 +76,7 @@ def align_gradients(
                 "build it from the parameters of this model."
             )
 
+    @torch.compiler.disable
     @torch.no_grad()
     def align_now() -> None:
         for params, directions in aligned_gradients(group, x, steady=steady):

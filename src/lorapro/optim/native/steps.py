@@ -70,7 +70,7 @@ def step_pairs(
     Returns:
         A group of the pairs that are left, the one given if nothing could be done.
     """
-    built = None if torch.compiler.is_compiling() else library()
+    built = library()
     if built is None:
         return group
     left: list[int] = []

@@ -212,10 +212,7 @@ def test_a_state_of_another_rank_is_refused(mode):
     def made(r):
         pair = a_pair("0", 24, 24, r, 3.0, 0.3, generator)
         feed_dense_gradient(pair, torch.randn(pair.shape, generator=generator))
-        groups = lorapro.lora_param_groups(None, pairs=[pair])
-        if mode == "muon":
-            return lorapro.LoraProMuon(groups)
-        return lorapro.LoraProAdamW(groups, mode=mode)
+        return of_mode(mode, [pair])
 
     saved, other = made(4), made(8)
     saved.step()
@@ -228,16 +225,80 @@ def test_a_state_of_another_rank_is_refused(mode):
         other.step()
 
 
+def of_mode(mode, pairs, **options):
+    groups = lorapro.lora_param_groups(None, pairs=pairs)
+    if mode == "muon":
+        return lorapro.LoraProMuon(groups, **options)
+    return lorapro.LoraProAdamW(groups, mode=mode, **options)
+
+
+def clipped(pair):
+    for p in (pair.A, pair.B):
+        p.grad.clamp_(-0.5 * p.grad.std(), 0.5 * p.grad.std())
+
+
+def penalised(pair):
+    pair.A.grad += 0.3 * pair.A.detach()
+    pair.B.grad += 0.3 * pair.B.detach()
+
+
+def without_A(pair):
+    pair.A.grad = None
+
+
+def without_B(pair):
+    pair.B.grad = None
+
+
+def disturbed(pair):
+    with torch.no_grad():
+        pair.B.add_(0.05 * torch.randn(pair.B.shape, generator=torch.Generator().manual_seed(7)))
+
+
+def left_alone(pair):
+    pass
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "happenings",
+    [
+        [clipped] * 3,
+        [penalised] * 3,
+        [without_A, without_A, left_alone],
+        [left_alone, without_A, without_B, left_alone, left_alone],
+        [left_alone, left_alone, disturbed, left_alone],
+    ],
+    ids=["clipped", "penalised", "A later", "alternating", "disturbed"],
+)
+@pytest.mark.parametrize("mode", ["factored", "muon"])
+def test_gradients_that_do_not_belong_together(mode, happenings, monkeypatch):
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        pair = a_pair("0", 40, 60, 4, 3.0, 0.5, generator)
+        goal = torch.randn(pair.shape, generator=generator)
+        optimizer = of_mode(mode, [pair], lr=1e-2)
+        for happening in happenings:
+            if happening is disturbed:
+                disturbed(pair)
+            feed_dense_gradient(pair, goal + 0.3 * torch.randn(goal.shape, generator=generator))
+            if happening is not disturbed:
+                happening(pair)
+            before = pair.B.detach() @ pair.A.detach()
+            optimizer.step()
+        return pair.B.detach() @ pair.A.detach(), before
+
+    (native, before), _ = run(), monkeypatch.setenv("LORAPRO_NATIVE", "0")
+    pytorch, _ = run()
+    assert float((native - pytorch).norm()) <= 1e-2 * float((pytorch - before).norm())
+
+
 @pytest.mark.parametrize("mode", ["efficient", "factored", "full", "muon"])
 def test_a_compiled_caller_takes_the_same_steps(mode):
     def run(compiled):
         generator = torch.Generator().manual_seed(0)
         pairs = [a_pair(str(i), 24, 20, 4, 3.0, 0.3, generator) for i in range(2)]
-        groups = lorapro.lora_param_groups(None, pairs=pairs)
-        if mode == "muon":
-            optimizer = lorapro.LoraProMuon(groups)
-        else:
-            optimizer = lorapro.LoraProAdamW(groups, mode=mode)
+        optimizer = of_mode(mode, pairs)
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for _ in range(2):
             for pair in pairs:
@@ -261,19 +322,39 @@ print(float(B.detach().sum()))
 """
 
 
+def run_alone(cache, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_COMPILER],
+        env={**os.environ, "LORAPRO_CACHE": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
 @needs_library
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_working_compiler_steps_run_in_pytorch(compiler, tmp_path):
-    def run(**environment):
-        return subprocess.run(
-            [sys.executable, "-c", WITHOUT_A_COMPILER],
-            env={**os.environ, "LORAPRO_CACHE": str(tmp_path), **environment},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-
-    without, compiled = run(CC=compiler), run()
+    without, compiled = run_alone(tmp_path, CC=compiler), run_alone(tmp_path, CC="cc -O2")
     assert float(without.stdout) == pytest.approx(float(compiled.stdout), abs=1e-5)
     assert ("they run in PyTorch" in without.stderr) == (compiler == "false")
     assert len(list((tmp_path / "native").glob("*.so"))) == 1
+
+
+@needs_library
+@pytest.mark.parametrize("left", [0, 4096])
+def test_a_damaged_library_is_made_again(left, tmp_path):
+    first = run_alone(tmp_path)
+    [made] = (tmp_path / "native").glob("*.so")
+    whole = made.stat().st_size
+    os.truncate(made, left)
+    again = run_alone(tmp_path)
+    assert again.stdout == first.stdout
+    assert "PyTorch" not in again.stderr
+    assert [p.stat().st_size for p in (tmp_path / "native").glob("*.so")] == [whole]
+
+
+@needs_library
+def test_a_cache_folder_that_cannot_be_is_no_error():
+    run = run_alone("~no-such-user/cache")
+    assert "they run in PyTorch" in run.stderr

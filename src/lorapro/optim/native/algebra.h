@@ -41,6 +41,15 @@ INLINE vector load_first(const real *from, index_t count) {
 
 typedef real four __attribute__((vector_size(4 * sizeof(real)), aligned(4), may_alias));
 
+/* Four of the eight numbers in a and b. GCC has the first form from version 12 on, clang only that. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef __typeof__(__builtin_choose_expr(sizeof(real) == sizeof(int), 0, 0LL)) lane;
+typedef lane four_indices __attribute__((vector_size(4 * sizeof(lane))));
+#define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, (four_indices){i, j, k, l})
+#endif
+
 /* Four sums that add up to that of v. */
 INLINE four fold(vector v) {
     four *parts = (four *)&v;
@@ -51,9 +60,9 @@ INLINE four fold(vector v) {
 /* The sums of four vectors. */
 INLINE four sums(vector a, vector b, vector c, vector d) {
     four w = fold(a), x = fold(b), y = fold(c), z = fold(d);
-    four wx = __builtin_shufflevector(w, x, 0, 4, 2, 6) + __builtin_shufflevector(w, x, 1, 5, 3, 7);
-    four yz = __builtin_shufflevector(y, z, 0, 4, 2, 6) + __builtin_shufflevector(y, z, 1, 5, 3, 7);
-    return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
+    four wx = PICK(w, x, 0, 4, 2, 6) + PICK(w, x, 1, 5, 3, 7);
+    four yz = PICK(y, z, 0, 4, 2, 6) + PICK(y, z, 1, 5, 3, 7);
+    return PICK(wx, yz, 0, 1, 4, 5) + PICK(wx, yz, 2, 3, 6, 7);
 }
 
 INLINE real sum(vector v) {
@@ -160,14 +169,14 @@ typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias)
 
 /* Transpose a matrix of four rows. */
 INLINE void turn(four *rows) {
-    four a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
-    four b = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
-    four c = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
-    four d = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
-    rows[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-    rows[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-    rows[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-    rows[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+    four a = PICK(rows[0], rows[1], 0, 4, 1, 5);
+    four b = PICK(rows[0], rows[1], 2, 6, 3, 7);
+    four c = PICK(rows[2], rows[3], 0, 4, 1, 5);
+    four d = PICK(rows[2], rows[3], 2, 6, 3, 7);
+    rows[0] = PICK(a, c, 0, 1, 4, 5);
+    rows[1] = PICK(a, c, 2, 3, 6, 7);
+    rows[2] = PICK(b, d, 0, 1, 4, 5);
+    rows[3] = PICK(b, d, 2, 3, 6, 7);
 }
 
 /* T (r, ld) = Bᵀ for B (m, r), zero behind the m-th column. */
@@ -206,21 +215,6 @@ static void transpose_back(const real *T, index_t ld, index_t m, index_t r, floa
     }
     for (index_t j = 0; j < r; j++)
         for (index_t i = whole; i < m; i++) B[i * r + j] = T[j * ld + i];
-}
-
-/* out = Sᵀ for small matrices. */
-static void turned(const real *S, index_t r, real *out) {
-    index_t ld = pad(r);
-    for (index_t i = 0; i < r; i += 4)
-        for (index_t j = 0; j < r; j += 4) {
-            index_t rows = r - i < 4 ? r - i : 4, columns = r - j < 4 ? r - j : 4;
-            four block[4] = {{0}};
-            for (index_t k = 0; k < rows; k++) block[k] = *(const four *)(S + (i + k) * ld + j);
-            turn(block);
-            for (index_t k = 0; k < columns; k++) *(four *)(out + (j + k) * ld + i) = block[k];
-        }
-    for (index_t i = 0; i < r; i++)
-        for (index_t j = (r + 3) / 4 * 4; j < ld; j++) out[i * ld + j] = 0;
 }
 
 /* S ← Sᵀ. */

@@ -8,7 +8,7 @@
 
 /* Means of the squared equivalent gradient g̃ = g·P_A + P_B·g·(I − P_A) along rows and columns, from
  * the squares of g·P_A and P_B·g that `project` sums. The other part has the squares of
- * B·(G_A·(I − P_A)) along rows and of G_B·A along columns; gradients are taken to be consistent.
+ * B·(G_A·(I − P_A)) along rows and of G_B·A along columns.
  * `scratch` holds r numbers for each of the longer side, `work` four (r, r). */
 static void squared_means(const space_t *at, const real *K, const real *G_A, const real *G_B,
                           real *rows, real *columns, real *scratch, real *work) {
@@ -53,6 +53,19 @@ INLINE void times_diagonal(const real *X, const real *D, index_t r, index_t leng
         for (index_t j = 0; j < length; j++) out[p * length + j] = X[p * length + j] * D[j];
 }
 
+/* Whether Bᵀ·grad_B is grad_A·Aᵀ, which `squared_means` builds on: then BᵀG_B = 0. Clipping by value or
+ * penalties on A and B make it untrue. `work` holds two (r, r). */
+static int consistent(const space_t *at, const real *K, const real *G_B, real *work) {
+    index_t r = at->r;
+    real *across = work, *taken = across + r * pad(r), c = 1 / (at->s * at->s), total = 0;
+    dot(at->B, G_B, r, at->ld, across);
+    multiply(K, at->inv_A, r, taken, 0); /* s²·BᵀP_B·G: what projection took away */
+    for (index_t i = 0; i < r * at->ld; i++) total += G_B[i] * G_B[i];
+    real most = 1e-2 * c * sqrt(inner(taken, taken, r));
+    most += 1e-5 * sqrt(trace(at->S_B, r) * total); /* rounding */
+    return !(inner(across, across, r) > most * most);
+}
+
 static int factored(const pair_t *pair, index_t r, const options_t *o, real *work) {
     index_t m = pair->m, n = pair->n, ld = stride(m), size = r * pad(r);
     index_t side = r * stride(m > n ? m : n);
@@ -72,6 +85,7 @@ static int factored(const pair_t *pair, index_t r, const options_t *o, real *wor
     memset(rows, 0, sizeof(real) * ld);
     memset(columns, 0, sizeof(real) * n);
     project(&at, grad_A, grad_B, K, G_A, G_B, rows, columns, rest);
+    if (!consistent(&at, K, G_B, rest)) return 0;
     average(pair, r, o->beta1, G_A, G_B, M_A, M_B);
 
     double t = *pair->step_A + 1;

@@ -2,7 +2,7 @@
  * the momentum; step_A: the counter. beta1 is μ, the flag says nesterov.
  *
  * N = B·N_A + N_B·A is written in orthonormal bases. With S_A = U_AᵀU_A and S_B = U_BᵀU_B, Q_A =
- * U_A⁻ᵀ·A and Q_B = B·U_B⁻¹ are two; N_BᵀB = 0, and N_B·U_Aᵀ = Q_D·U_D and U_B·N_A − F·Q_A = U_Eᵀ·Q_E
+ * U_A⁻ᵀ·A and Q_B = B·U_B⁻¹ are two; with N_BᵀB = 0, N_B·U_Aᵀ = Q_D·U_D and U_B·N_A − F·Q_A = U_Eᵀ·Q_E
  * with F = U_B·N_A·Aᵀ·U_A⁻¹ give the others:
  *
  *     N = [Q_B, Q_D]·[F, U_Eᵀ; U_D, 0]·[Q_A; Q_E]
@@ -36,6 +36,22 @@ static void multiply_flipped(real *P, const real *Q, index_t r, real *out) {
     flip(P, r);
     multiply(P, Q, r, out, 0);
     flip(P, r);
+}
+
+/* The same tangent vector with BᵀN_B = 0. It is so already unless gradients do not belong together, or
+ * something else moved B. `work` holds two (r, r). */
+static void straighten(const space_t *at, real *N_A, real *N_B, real *work) {
+    index_t r = at->r;
+    real *across = work, *Z = across + r * pad(r);
+    dot(at->B, N_B, r, at->ld, across);
+    real small = 1e-4 * sqrt(trace(at->S_B, r)), total = 0;
+    for (index_t i = 0; i < r * at->ld; i++) total += N_B[i] * N_B[i];
+    if (inner(across, across, r) <= small * small * total) return;
+    multiply(at->inv_B, across, r, Z, 0);
+    weigh(Z, at->A, r, at->n, N_A, 1);
+    flip(Z, r);
+    scale(Z, r, -1);
+    weigh(Z, at->B, r, at->ld, N_B, 1);
 }
 
 /* h = [B, N_B]·H·[N_A; A], the polar factor of N times `length`: the four blocks of H, from
@@ -115,7 +131,7 @@ static int muon(const pair_t *pair, index_t r, const options_t *o, real *work) {
     dot(grad_A, at.A, r, n, K);
     project(&at, grad_A, grad_B, K, G_A, G_B, NULL, NULL, rest);
     average(pair, r, o->beta1, G_A, G_B, M_A, M_B);
-    const real *N_A = M_A, *N_B = M_B;
+    real *N_A = M_A, *N_B = M_B;
     if (o->flag) { /* look one step ahead */
         real mu = o->beta1;
         for (index_t i = 0; i < r * n; i++) G_A[i] += mu * (M_A[i] - G_A[i]);
@@ -124,6 +140,7 @@ static int muon(const pair_t *pair, index_t r, const options_t *o, real *work) {
         N_B = G_B;
     }
 
+    straighten(&at, N_A, N_B, rest);
     dot(N_A, at.A, r, n, NA);
     dot(N_A, N_A, r, n, T1);
     dot(N_B, N_B, r, ld, T2);

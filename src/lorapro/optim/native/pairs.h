@@ -38,7 +38,7 @@ static void for_each_pair(index_t pairs, index_t r, const pair_t *pair, const op
         longest = pair[i].n > longest ? pair[i].n : longest;
     }
     size_t bytes = sizeof(real) * r * (small * pad(r) + rows * stride(longest));
-#pragma omp parallel
+#pragma omp parallel if (pairs > 1)
     {
         real *work = aligned_alloc(BYTES, (bytes + BYTES - 1) / BYTES * BYTES);
 #pragma omp for schedule(dynamic, 1)

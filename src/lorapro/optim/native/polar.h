@@ -36,6 +36,21 @@ static inline void invert_upper(const real *U, index_t r, real *out) {
     }
 }
 
+/* out = Sᵀ for small matrices. */
+static void turned(const real *S, index_t r, real *out) {
+    index_t ld = pad(r);
+    for (index_t i = 0; i < r; i += 4)
+        for (index_t j = 0; j < r; j += 4) {
+            index_t rows = r - i < 4 ? r - i : 4, columns = r - j < 4 ? r - j : 4;
+            four block[4] = {{0}};
+            for (index_t k = 0; k < rows; k++) block[k] = *(const four *)(S + (i + k) * ld + j);
+            turn(block);
+            for (index_t k = 0; k < columns; k++) *(four *)(out + (j + k) * ld + i) = block[k];
+        }
+    for (index_t i = 0; i < r; i++)
+        for (index_t j = (r + 3) / 4 * 4; j < ld; j++) out[i * ld + j] = 0;
+}
+
 #define STEEP_STEPS 5
 #define SETTLING_STEPS 3
 

@@ -56,7 +56,6 @@ def step_pairs(
     Those are pairs of plain contiguous float32 matrices in main memory, both of whose factors have
     a gradient and full rank (condition up to 1e5): the aligned gradients are those of
     :func:`lorapro.functional.align`, g̃ to 1e-3 and (d_A, d_B) to 1e-2, as on PyTorch's fast path.
-    Gradients are taken to belong together, ``grad_A·Aᵀ = Bᵀ·grad_B``, as autograd's do.
 
     Args:
         group: a group of pairs.
@@ -104,7 +103,9 @@ def step_pairs(
         changed = [i for i, stepped in zip(chosen, done, strict=True) if stepped]
         if group["lr"]:
             # Autograd would not notice by itself that graphs hold outdated values.
-            increment_version([p for i in changed for p in params[2 * i : 2 * i + 2]])
+            for i in changed:
+                increment_version(params[2 * i])
+                increment_version(params[2 * i + 1])
     return group if len(left) == len(params) // 2 else _only(group, left)
 
 
@@ -115,6 +116,8 @@ def _addresses(
     grad_A, grad_B = A.grad, B.grad
     if grad_A is None or grad_B is None or grad_A.is_sparse or grad_B.is_sparse:
         return None
+    if B.numel() != len(B) * len(A):
+        return None  # shapes that do not belong together: PyTorch's path says so
     used = [A, B, grad_A, grad_B]
     for t in used:  # a subclass may keep its numbers elsewhere
         kind = type(t)
@@ -127,6 +130,8 @@ def _addresses(
         if not (t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()):
             return None
     addresses = [t.data_ptr() for t in (*used, *held)]
+    if not all(addresses):
+        return None  # no memory behind it
     return addresses + [0] * (STATE_SLOTS - len(held))
 
 

@@ -8,6 +8,25 @@ static float *numbers(index_t count, float size) {
     return made;
 }
 
+/* The gradients that one dense gradient on W gives. */
+static void set_gradients(pair_t *pair, index_t r) {
+    index_t m = pair->m, n = pair->n;
+    float *G = numbers(m * n, 1);
+    for (index_t p = 0; p < r; p++) {
+        for (index_t j = 0; j < n; j++) {
+            pair->grad_A[p * n + j] = 0;
+            for (index_t i = 0; i < m; i++)
+                pair->grad_A[p * n + j] += pair->scaling * pair->B[i * r + p] * G[i * n + j];
+        }
+        for (index_t i = 0; i < m; i++) {
+            pair->grad_B[i * r + p] = 0;
+            for (index_t j = 0; j < n; j++)
+                pair->grad_B[i * r + p] += pair->scaling * G[i * n + j] * pair->A[p * n + j];
+        }
+    }
+    free(G);
+}
+
 int main(void) {
     enum { MOST_PAIRS = 3, FIELDS = 10 };
     index_t stepped = 0;
@@ -25,6 +44,7 @@ int main(void) {
                 numbers(whole ? whole : r * n, 0), numbers(whole ? whole : m * r, 0),
                 numbers(1, 0), numbers(1, 0), m, n, 2.0,
             };
+            if (trial % 5) set_gradients(&made[i], r);
         }
         double limit = sizeof(REAL) == sizeof(float) ? 3e4 : 1e10;
         options_t options = {1e-3, 0.9, 0.999, 1e-8, 0.1, limit, 8, trial % 3, trial % 2};

@@ -90,11 +90,7 @@ def follow(pairs, most, lr=1e-3, x="sylvester", weight_decay=0.0):
     starts = copy.deepcopy(pairs)
     optimizer = optimizer_of(pairs, lr, x=x, weight_decay=weight_decay)
     for _ in range(6):
-        for pair, twin in zip(pairs, twins, strict=True):
-            G = torch.randn(pair.shape, generator=generator)
-            feed_dense_gradient(pair, G)
-            twin.step(G)
-        optimizer.step()
+        step_all(optimizer, pairs, twins, generator)
     of_factors = 3e-2 if x == "sylvester" else most
     for pair, twin, start in zip(pairs, twins, starts, strict=True):
         state = optimizer.state[pair.B]
@@ -106,6 +102,15 @@ def follow(pairs, most, lr=1e-3, x="sylvester", weight_decay=0.0):
         assert apart(pair.B, twin.B, start.B) <= of_factors, pair.name
         W, first = (p.B.detach().double() @ p.A.detach().double() for p in (pair, start))
         assert apart(W, twin.B @ twin.A, first) <= most, pair.name
+
+
+def step_all(optimizer, pairs, twins, generator):
+    """One step of the optimizer and of its twins along the same dense gradients."""
+    for pair, twin in zip(pairs, twins, strict=True):
+        G = torch.randn(pair.shape, generator=generator)
+        feed_dense_gradient(pair, G)
+        twin.step(G)
+    optimizer.step()
 
 
 @needs_library
@@ -157,11 +162,7 @@ def test_after_a_start_from_zero_the_library_takes_over(elsewhere):
     starts = copy.deepcopy(pairs)
     optimizer = optimizer_of(pairs)
     for step in range(5):
-        for pair, twin in zip(pairs, twins, strict=True):
-            G = torch.randn(pair.shape, generator=generator)
-            feed_dense_gradient(pair, G)
-            twin.step(G)
-        optimizer.step()
+        step_all(optimizer, pairs, twins, generator)
         assert sorted(elsewhere) == (["0", "1", "2"] if step == 0 else [])
         elsewhere.clear()
     for pair, twin, start in zip(pairs, twins, starts, strict=True):

@@ -118,6 +118,18 @@ static void gram(const real *X, index_t ldx, index_t p, const real *Y, index_t l
             for (index_t j = 0; j < i; j++) G[i * ldg + j] = G[j * ldg + i];
 }
 
+/* X·Yᵀ as an (r, r) matrix with zeros behind the r-th column. */
+INLINE void dot(const real *X, const real *Y, index_t r, index_t length, real *out) {
+    memset(out, 0, sizeof(real) * r * pad(r));
+    gram(X, length, r, Y, length, r, length, out, pad(r), X == Y);
+}
+
+/* The same where it is known to be symmetric. */
+INLINE void dot_same(const real *X, const real *Y, index_t r, index_t length, real *out) {
+    memset(out, 0, sizeof(real) * r * pad(r));
+    gram(X, length, r, Y, length, r, length, out, pad(r), 1);
+}
+
 /* `rows` rows of C·X (+ out), `vectors` vectors wide. */
 INLINE void combine_block(int rows, int vectors, const real *C, index_t ldc, index_t p,
                           const real *X, index_t ldx, real *out, index_t ldo, int add) {

@@ -17,11 +17,10 @@ INLINE int align(const pair_t *pair, index_t r, const options_t *o, real *work, 
     real *B = work + SMALL * size, *G = B + side, *D = G + side;
     const real *A = widen(pair->A, r * n, D + side);
     const real *grad_A = widen(pair->grad_A, r * n, D + 2 * side);
-    memset(S_A, 0, sizeof(real) * 3 * size);
-    gram(A, n, r, A, n, r, n, S_A, pad(r), 1);
-    gram(grad_A, n, r, A, n, r, n, K, pad(r), 0);
+    dot(A, A, r, n, S_A);
+    dot(grad_A, A, r, n, K);
     transpose(pair->B, m, r, B, ld);
-    gram(B, ld, r, B, ld, r, ld, S_B, pad(r), 1);
+    dot(B, B, r, ld, S_B);
     int swap;
     if (!inverses(S_A, S_B, r, o, o->x, R, P, &swap, more)) return 0;
     choose_x(S_A, S_B, R, P, K, r, o->x, swap, X, C, more);

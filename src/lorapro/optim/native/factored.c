@@ -76,15 +76,10 @@ static int factored(const pair_t *pair, index_t r, const options_t *o, real *wor
          *new_B = new_A + side, *rows = new_B + side, *columns = rows + side,
          *D_row = columns + side, *D_col = D_row + side;
     space_t at = space_of(pair, r, NULL, B, held), to = space_of(pair, r, new_A, new_B, held + 4 * size);
-    at.A = widen(pair->A, r * n, D_col + side);
-    const real *grad_A = widen(pair->grad_A, r * n, D_col + 2 * side);
-    transpose(pair->B, m, r, B, ld);
-    if (!measure(&at, o, o->x, rest)) return 0;
-    transpose(pair->grad_B, m, r, grad_B, ld);
-    dot(grad_A, at.A, r, n, K);
     memset(rows, 0, sizeof(real) * ld);
     memset(columns, 0, sizeof(real) * n);
-    project(&at, grad_A, grad_B, K, G_A, G_B, rows, columns, rest);
+    if (!enter(pair, o, &at, B, grad_B, D_col + side, side, K, G_A, G_B, rows, columns, rest))
+        return 0;
     if (!consistent(&at, K, G_B, rest)) return 0;
     average(pair, r, o->beta1, G_A, G_B, M_A, M_B);
 

@@ -123,13 +123,8 @@ static int muon(const pair_t *pair, index_t r, const options_t *o, real *work) {
     real *B = work + SMALL * size, *grad_B = B + side, *G_A = grad_B + side, *G_B = G_A + side,
          *M_A = G_B + side, *M_B = M_A + side, *new_A = M_B + side, *new_B = new_A + side;
     space_t at = space_of(pair, r, NULL, B, held), to = space_of(pair, r, new_A, new_B, held + 4 * size);
-    at.A = widen(pair->A, r * n, new_B + side);
-    const real *grad_A = widen(pair->grad_A, r * n, new_B + 2 * side);
-    transpose(pair->B, m, r, B, ld);
-    if (!measure(&at, o, o->x, rest)) return 0;
-    transpose(pair->grad_B, m, r, grad_B, ld);
-    dot(grad_A, at.A, r, n, K);
-    project(&at, grad_A, grad_B, K, G_A, G_B, NULL, NULL, rest);
+    if (!enter(pair, o, &at, B, grad_B, new_B + side, side, K, G_A, G_B, NULL, NULL, rest))
+        return 0;
     average(pair, r, o->beta1, G_A, G_B, M_A, M_B);
     real *N_A = M_A, *N_B = M_B;
     if (o->flag) { /* look one step ahead */

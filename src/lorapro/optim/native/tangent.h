@@ -25,24 +25,9 @@ INLINE space_t space_of(const pair_t *pair, index_t r, const real *A, const real
 /* Fill in Gram matrices and inverses; 0 if this precision is not up to the factors, or conjugate
  * gradients to X. `work` holds two (r, r). */
 static inline int measure(space_t *at, const options_t *o, index_t x, real *work) {
-    index_t r = at->r, size = r * pad(r);
-    memset(at->S_A, 0, sizeof(real) * size);
-    memset(at->S_B, 0, sizeof(real) * size);
-    gram(at->A, at->n, r, at->A, at->n, r, at->n, at->S_A, pad(r), 1);
-    gram(at->B, at->ld, r, at->B, at->ld, r, at->ld, at->S_B, pad(r), 1);
-    return inverses(at->S_A, at->S_B, r, o, x, at->inv_A, at->inv_B, &at->swap, work);
-}
-
-/* X·Yᵀ as an (r, r) matrix with zeros behind the r-th column. */
-INLINE void dot(const real *X, const real *Y, index_t r, index_t length, real *out) {
-    memset(out, 0, sizeof(real) * r * pad(r));
-    gram(X, length, r, Y, length, r, length, out, pad(r), X == Y);
-}
-
-/* The same where it is known to be symmetric. */
-INLINE void dot_same(const real *X, const real *Y, index_t r, index_t length, real *out) {
-    memset(out, 0, sizeof(real) * r * pad(r));
-    gram(X, length, r, Y, length, r, length, out, pad(r), 1);
+    dot(at->A, at->A, at->r, at->n, at->S_A);
+    dot(at->B, at->B, at->r, at->ld, at->S_B);
+    return inverses(at->S_A, at->S_B, at->r, o, x, at->inv_A, at->inv_B, &at->swap, work);
 }
 
 /* out (r, length) = W·X (+ out) for an (r, r) matrix W. */
@@ -79,6 +64,22 @@ static inline void project(const space_t *at, const real *grad_A, const real *gr
     weigh(W, grad_B, r, at->ld, T_B, 0);
     if (rows) add_products(grad_B, T_B, r, at->ld, 1, rows);
     weigh(C, at->B, r, at->ld, T_B, 1);
+}
+
+/* Read a pair: its space, K and the gradient (G_A, G_B) as a tangent vector; 0 if this precision is not
+ * up to it. `copies` is room for A and grad_A where they have to be widened, `rest` two (r, r). */
+static inline int enter(const pair_t *pair, const options_t *o, space_t *at, real *B, real *grad_B,
+                        real *copies, index_t side, real *K, real *G_A, real *G_B, real *rows,
+                        real *columns, real *rest) {
+    index_t r = at->r, n = at->n;
+    at->A = widen(pair->A, r * n, copies);
+    const real *grad_A = widen(pair->grad_A, r * n, copies + side);
+    transpose(pair->B, at->m, r, B, at->ld);
+    if (!measure(at, o, o->x, rest)) return 0;
+    transpose(pair->grad_B, at->m, r, grad_B, at->ld);
+    dot(grad_A, at->A, r, n, K);
+    project(at, grad_A, grad_B, K, G_A, G_B, rows, columns, rest);
+    return 1;
 }
 
 /* The step that a rule's h makes, (d_A, d_B) = align(s·Bᵀh, s·h·Aᵀ). h comes as two sums of products

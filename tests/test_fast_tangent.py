@@ -267,3 +267,28 @@ def test_full_mode_in_float16_follows_float32():
             optimizer.step()
         ends.append((2.0 * pair.B.double() @ pair.A.double()).detach() - start)
     assert float((ends[0] - ends[1]).norm()) < 0.1 * float(ends[0].norm())
+
+
+@pytest.mark.parametrize("rule", ["factored", "muon"])
+@pytest.mark.parametrize(("r", "rank"), [(8, 2), (8, 4), (32, 8), (32, 1)])
+def test_gradients_of_low_rank_do_not_throw_W_far_away(rule, r, rank):
+    """From B = 0, say a classifier that reads one token of each of a few examples."""
+    m, n, lr = 96, 160, 1e-3
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(20, r, n, generator=generator) / n**0.5
+    pairs = [
+        LoraPair(str(i), nn.Parameter(A), nn.Parameter(torch.zeros(m, r)), scaling=2.0)
+        for i, A in enumerate(a)
+    ]
+    optimizer = RULES[rule](lorapro.lora_param_groups(None, pairs=pairs))
+    # The norm of Muon's h, and of one with entries of one; plain steps go up to a thousand times
+    # as far.
+    longest = 0.2 * (max(m, n) * 2 * r) ** 0.5 if rule == "muon" else (m * n) ** 0.5
+    for _ in range(6):
+        before = [(p.B @ p.A).detach() for p in pairs]
+        for pair in pairs:
+            left, right = (torch.randn(k, rank, generator=generator) for k in (m, n))
+            feed_dense_gradient(pair, left @ right.T)
+        optimizer.step()
+        for pair, W in zip(pairs, before, strict=True):
+            assert 2.0 * (pair.B @ pair.A - W).norm() < 2 * lr * longest

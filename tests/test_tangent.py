@@ -65,6 +65,30 @@ def test_fifty_steps_equal_the_dense_twin(rule, x, model, start):
             agree(pair, reference)
 
 
+@pytest.mark.parametrize("x", ["sylvester", "zero", "symmetric"])
+@every_rule
+def test_steps_that_outrun_a_small_B_are_brought_back_to_rank_r(rule, x):
+    model = randomise_B(patterned(), scale=1e-4)
+    pairs = pairs_of(model)
+    options = {"weight_decay": 0.1, "x": x}
+    optimizer = build(rule, lorapro.lora_param_groups(model), **options)
+    twins = [twin_of(rule, pair, **options) for pair in pairs]
+    starts = [(pair.B @ pair.A).detach() for pair in pairs]
+    generator = torch.Generator().manual_seed(0)
+    for t in range(6):
+        for pair, reference in zip(pairs, twins, strict=True):
+            G = torch.randn(pair.shape, generator=generator, dtype=torch.float64)
+            feed_dense_gradient(pair, G)
+            reference.step(G.numpy(), 0.01)
+        optimizer.step()
+        for pair, reference, start in zip(pairs, twins, starts, strict=True):
+            agree(pair, reference, 1e-8)
+            if t == 0:
+                assert reference.retracted
+                moved = pair.scaling * (pair.B @ pair.A - start).norm()
+                assert moved < 2 * 0.01 * np.linalg.norm(reference.h) + 1e-6
+
+
 @every_rule
 @pytest.mark.parametrize("case", ["dead row", "rank of both", "both=0", "A=0"])
 def test_factors_of_deficient_rank(rule, case):

@@ -28,10 +28,20 @@ def polar(M, tolerance=1e-6):
     return U[:, kept] @ Vt[kept]
 
 
+def nearest(A, W):
+    """Factors of the best rank-r approximation of W, rows of A' orthogonal and nearest to A."""
+    r = len(A)
+    U, sigma, Vt = np.linalg.svd(W)
+    U, sigma, Vt = U[:, :r], sigma[:r], Vt[:r]
+    length = np.linalg.norm(A) / np.sqrt(r)
+    new_A = length * polar(A @ Vt.T @ Vt, tolerance=0.0)
+    return new_A, (U * sigma) @ Vt @ new_A.T / length**2
+
+
 class Tangent:
     def __init__(self, A, B, s, x="sylvester", weight_decay=0.0):
         self.A, self.B, self.s, self.x = A.copy(), B.copy(), s, x
-        self.weight_decay, self.t = weight_decay, 0
+        self.weight_decay, self.t, self.retracted = weight_decay, 0, 0
         self.M = np.zeros((len(B), A.shape[1]))
 
     def step(self, g, lr):
@@ -39,12 +49,19 @@ class Tangent:
         self.t += 1
         G = project(self.A, self.B, g)
         self.M = self.beta * self.M + (1 - self.beta) * G
-        h = self.rule(G)
+        h = self.h = self.rule(G)
         d_A, d_B = theorem_2_1(
             self.A, self.B, self.s * self.B.T @ h, self.s * h @ self.A.T, self.s, self.x
         )
         keep = np.sqrt(1 - lr * self.weight_decay)
-        self.A, self.B = keep * self.A - lr * d_A, keep * self.B - lr * d_B
+        first = lr * (self.B @ d_A + d_B @ self.A)
+        outrun = np.linalg.norm(lr**2 * d_B @ d_A) > 2 * np.linalg.norm(first)
+        self.A, self.B = keep * self.A, keep * self.B
+        if outrun:
+            self.A, self.B = nearest(self.A, self.B @ self.A - keep * first)
+        else:
+            self.A, self.B = self.A - lr * d_A, self.B - lr * d_B
+        self.retracted += outrun
         self.M = project(self.A, self.B, self.M)
 
 

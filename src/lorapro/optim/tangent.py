@@ -5,7 +5,8 @@ One step of every optimizer built on this file::
     project    (G_A, G_B) = align(grad_A, grad_B), X = 0: the gradient as a tangent vector
     momentum   M ← β·M + (1 − β)·G, in the coordinates M = s·(B·M_A + M_B·A)
     rule       h = rule(M): what full fine-tuning would do with M, kept as a product L'·R'
-    align      (d_A, d_B) = align(s·Bᵀh, s·h·Aᵀ), then A ← A − γ·d_A, B ← B − γ·d_B
+    align      (d_A, d_B) = align(s·Bᵀh, s·h·Aᵀ), then A ← A − γ·d_A, B ← B − γ·d_B; where that is
+               no small step, W moves along the tangent and back to rank r (``retraction``)
     transport  M ← projection of M on the tangent space at the new factors
 
 A tangent vector has rank 2r, so no step forms an (m, n) tensor. A new rule is a subclass of
@@ -30,9 +31,10 @@ from torch import Tensor
 
 from lorapro.optim.adam_rule import check_state
 from lorapro.optim.base import PairOptimizer
+from lorapro.optim.retraction import outruns, retract
 from lorapro.optim.spaces import Direction, ExactSpace, FastSpace, Space, Tangent
 from lorapro.optim.stacking import Bucket, in_parts
-from lorapro.optim.stacks import Tall, Wide, fill_their_memory, in_one_piece
+from lorapro.optim.stacks import Tall, Wide, fill_their_memory, in_one_piece, split
 
 __all__ = ["TangentOptimizer", "gradients", "spaces", "take_steps"]
 
@@ -87,7 +89,8 @@ class TangentOptimizer(PairOptimizer):
         G = space.project(*gradients(part, space))
         M = self._momentum(part, space.s.dtype).lerp(G, 1 - beta)
         d_A, d_B = space.steps(self.direction(group, part, space, M, G))
-        self._transport(part, space, take_steps(part, space, d_A, d_B, group), M)
+        too_far = outruns(space, d_A, d_B, group["lr"])
+        self._transport(part, space, take_steps(part, space, d_A, d_B, group, too_far), M)
 
     def _transport(
         self, part: list[Bucket], space: Space, factors: tuple[Wide, Tall], M: Tangent
@@ -148,18 +151,36 @@ def gradients(part: list[Bucket], space: Space) -> tuple[Wide | None, Tall | Non
 
 
 def take_steps(
-    part: list[Bucket], space: Space, d_A: Wide, d_B: Tall, group: dict[str, Any]
+    part: list[Bucket],
+    space: Space,
+    d_A: Wide,
+    d_B: Tall,
+    group: dict[str, Any],
+    too_far: Tensor | None = None,
 ) -> tuple[Wide, Tall]:
-    """``A ← √(1 − γλ)·A − γ·d_A``, likewise B, where there is a gradient; return the factors."""
-    keep = max(0.0, 1 - group["lr"] * group["weight_decay"]) ** 0.5
+    """``A ← √(1 − γλ)·A − γ·d_A``, likewise B, where there is a gradient; return the factors.
+
+    The pairs marked in ``too_far`` are retracted.
+    """
+    lr, keep = group["lr"], max(0.0, 1 - group["lr"] * group["weight_decay"]) ** 0.5
+    marks = [None] * len(part) if too_far is None else split(too_far, space.A)
     new_A, new_B = [], []
-    for i, b in enumerate(part):
+    for i, (b, mark) in enumerate(zip(part, marks, strict=True)):
         A, B = space.A.parts[i], space.B.parts[i]
+        dtypes = b.params_A[0].dtype, b.params_B[0].dtype
         if b.grad_A is not None:
-            A = _stepped(A, d_A.parts[i], keep, group["lr"], b.params_A[0].dtype)
+            A = _stepped(A, d_A.parts[i], keep, lr, dtypes[0])
+        if b.grad_B is not None:
+            B = _stepped(B, d_B.parts[i], keep, lr, dtypes[1])
+        if mark is not None and mark.any():
+            ends = (space.A.parts[i], space.B.parts[i], d_A.parts[i], d_B.parts[i])
+            at_A, at_B, to_A, to_B = (t[mark].double() for t in ends)
+            back = retract(keep * at_A, keep * at_B, to_A, to_B, lr)
+            A, B = A.clone(), B.clone()
+            A[mark], B[mark] = (t.to(d).to(A.dtype) for t, d in zip(back, dtypes, strict=True))
+        if b.grad_A is not None:
             torch._foreach_copy_(b.params_A, b.unstack_A(A))
         if b.grad_B is not None:
-            B = _stepped(B, d_B.parts[i], keep, group["lr"], b.params_B[0].dtype)
             torch._foreach_copy_(b.params_B, b.unstack_B(B))
         new_A.append(A)
         new_B.append(B)

@@ -257,6 +257,15 @@ static real inner(const real *P, const real *Q, index_t r) {
     return sum(total);
 }
 
+/* Sum of squares of a long vector. */
+static real squares(const real *x, index_t count) {
+    vector total = {0};
+    index_t at = 0;
+    for (; at + WIDTH <= count; at += WIDTH) total += load(x + at) * load(x + at);
+    vector rest = load_first(x + at, count - at);
+    return sum(total + rest * rest);
+}
+
 INLINE real trace(const real *S, index_t r) {
     real total = 0;
     for (index_t i = 0; i < r; i++) total += S[i * pad(r) + i];

@@ -57,12 +57,11 @@ INLINE void times_diagonal(const real *X, const real *D, index_t r, index_t leng
  * penalties on A and B make it untrue. `work` holds two (r, r). */
 static int consistent(const space_t *at, const real *K, const real *G_B, real *work) {
     index_t r = at->r;
-    real *across = work, *taken = across + r * pad(r), c = 1 / (at->s * at->s), total = 0;
+    real *across = work, *taken = across + r * pad(r), c = 1 / (at->s * at->s);
     dot(at->B, G_B, r, at->ld, across);
     multiply(K, at->inv_A, r, taken, 0); /* s²·BᵀP_B·G: what projection took away */
-    for (index_t i = 0; i < r * at->ld; i++) total += G_B[i] * G_B[i];
     real most = 1e-2 * c * sqrt(inner(taken, taken, r));
-    most += 1e-5 * sqrt(trace(at->S_B, r) * total); /* rounding */
+    most += 1e-5 * sqrt(trace(at->S_B, r) * squares(G_B, r * at->ld)); /* rounding */
     return !(inner(across, across, r) > most * most);
 }
 
@@ -107,6 +106,7 @@ static int factored(const pair_t *pair, index_t r, const options_t *o, real *wor
     weigh(U1, L1, r, ld, new_B, 0);
     weigh(U2, L2, r, ld, new_B, 1);
     weigh(C, B, r, ld, new_B, 1);
+    if (outruns(&at, new_A, new_B, o->lr, rest)) return 0;
     take_step(at.A, new_A, r * n, o);
     take_step(B, new_B, r * ld, o);
 

@@ -44,8 +44,7 @@ static void straighten(const space_t *at, real *N_A, real *N_B, real *work) {
     index_t r = at->r;
     real *across = work, *Z = across + r * pad(r);
     dot(at->B, N_B, r, at->ld, across);
-    real small = 1e-4 * sqrt(trace(at->S_B, r)), total = 0;
-    for (index_t i = 0; i < r * at->ld; i++) total += N_B[i] * N_B[i];
+    real small = 1e-4 * sqrt(trace(at->S_B, r)), total = squares(N_B, r * at->ld);
     if (inner(across, across, r) <= small * small * total) return;
     multiply(at->inv_B, across, r, Z, 0);
     weigh(Z, at->A, r, at->n, N_A, 1);
@@ -158,6 +157,7 @@ static int muon(const pair_t *pair, index_t r, const options_t *o, real *work) {
     weigh(T2, at.A, r, n, new_A, 1);
     weigh(U1, B, r, ld, new_B, 0);
     weigh(U2, N_B, r, ld, new_B, 1);
+    if (outruns(&at, new_A, new_B, o->lr, rest)) return 0;
     take_step(at.A, new_A, r * n, o);
     take_step(B, new_B, r * ld, o);
 

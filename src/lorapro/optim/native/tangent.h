@@ -122,6 +122,24 @@ INLINE void take_step(const real *P, real *d, index_t count, const options_t *o)
     for (index_t i = 0; i < count; i++) d[i] = (float)(keep * P[i] - lr * d[i]);
 }
 
+#define MOST_CURVE 2 /* as in lorapro.optim.retraction */
+
+/* Whether the second-order part γ²·d_B·d_A of a step is so much longer than the first that it is not to
+ * be taken as it is (lorapro.optim.retraction). The ratio is at most γ·‖d_A‖·‖A⁺‖, and γ·‖d_B‖·‖B⁺‖:
+ * products are needed only where neither is small. `work` holds four (r, r). */
+static inline int outruns(const space_t *at, const real *d_A, const real *d_B, real lr, real *work) {
+    index_t r = at->r, size = r * pad(r), n = at->n, ld = at->ld;
+    real *AA = work, *BB = AA + size, *DA = BB + size, *BD = DA + size;
+    real of_A = squares(d_A, r * n) * trace(at->inv_A, r), of_B = squares(d_B, r * ld) * trace(at->inv_B, r);
+    if (lr * lr * fmin(of_A, of_B) <= MOST_CURVE * MOST_CURVE) return 0;
+    dot(d_A, d_A, r, n, AA);
+    dot(d_B, d_B, r, ld, BB);
+    dot(d_A, at->A, r, n, DA);
+    dot(at->B, d_B, r, ld, BD);
+    real first = inner(at->S_B, AA, r) + inner(BB, at->S_A, r) + 2 * inner(BD, DA, r);
+    return lr * lr * inner(AA, BB, r) > MOST_CURVE * MOST_CURVE * first && isfinite(first);
+}
+
 /* Carry the tangent vector (M_A, M_B) from one pair of factors to another by orthogonal projection:
  * M_A' = S_B'⁻¹·B'ᵀ·M, M_B' = (I − P_B')·M·A'ᵀ·S_A'⁻¹. `work` holds six (r, r). */
 static inline void transport(const space_t *from, const space_t *to, const real *M_A,

@@ -129,8 +129,11 @@ def _one(
     name = f"{entry.label}, lr {rate:g}, seed {seed}"
     finished = folders.run_state(config) == "finished"
     progress.begin(name)
-    result = run(config, tasks.of(config), on_step=progress.step)
-    gc.collect()  # the last model's reference cycles, before the next model is built
+    if finished:
+        result = folders.read_result(config.folder)
+    else:
+        result = run(config, tasks.of(config), on_step=progress.step)
+        gc.collect()  # the last model's reference cycles, before the next model is built
     folders.clear_checkpoints(config.folder)
     results[entry.label, rate, seed] = result
     loss = result["validation"]["loss"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -218,6 +219,7 @@ def _defaults() -> dict[str, Any]:
     return values
 
 
+@functools.cache
 def _parser() -> Any:
     from transformers import HfArgumentParser, TrainingArguments
 

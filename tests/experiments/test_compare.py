@@ -85,6 +85,17 @@ def test_rates_are_tuned_on_the_first_seed_and_nothing_is_done_twice(values, tmp
             half = abs(differences[0] - differences[1]) / 2  # t-interval of two: 12.7 of these
             assert row["over_baseline"]["noise"] == pytest.approx(12.706 * half, rel=1e-3)
             assert f"{row['over_baseline']['size']:+.4f} ±" in table
+    assert "| method | step 1 | step 2 |" in table
+    for row in summary["methods"]:
+        first, last = row["on_the_way"]
+        assert (first["step"], last["step"]) == (1, 2)
+        final = [
+            json.loads((folder / f / "result.json").read_text())["validation"]["loss"]
+            for f in row["folders"]
+        ]
+        assert last["losses"] == pytest.approx(final, abs=1e-4)
+        assert ("over_baseline" in first) == (row["label"] != "lora")
+        assert f"| {row['label']} | {sum(first['losses']) / 2:.4f}" in table
 
 
 def test_the_grid_runs_every_rate_with_every_seed(values, tmp_path):

@@ -39,3 +39,12 @@ def test_share_closed_has_ends_and_goes_beyond_them():
 
 def test_one_value_has_no_deviation():
     assert summarize([0.5]).sd is None
+
+
+@pytest.mark.parametrize("seeds", [2, 9, 16, 31])
+def test_intervals_over_seeds_are_students(seeds):
+    stats = pytest.importorskip("scipy.stats")
+    differences = [0.01 * ((7 * i) % 11) for i in range(seeds)]
+    gap = gap_between(differences, [0.0] * seeds)
+    interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert gap.noise == pytest.approx((interval.high - interval.low) / 2, rel=3e-4)

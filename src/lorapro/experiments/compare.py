@@ -16,6 +16,7 @@ from lorapro.experiments.compare_config import Comparison, Entry
 from lorapro.experiments.config import Config
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.model_building import build_model, check_optimizer
+from lorapro.experiments.on_the_way import add_losses_on_the_way
 from lorapro.experiments.progress import RunsProgress
 from lorapro.experiments.runner import make_task, run
 from lorapro.experiments.statistics import gap_between, share_closed, summarize
@@ -89,6 +90,7 @@ def compare(comparison: Comparison, console: Console | None = None) -> dict[str,
                     _one(comparison, entry, rate, seed, tasks, progress, results)
     metric = TASKS[comparison.base.experiment.task].metric
     summary = summarize_runs(comparison, results, metric)
+    add_losses_on_the_way(comparison.folder, summary["methods"], BASELINE)
     report.write(comparison.folder, summary)
     return summary
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lorapro.experiments.figure import draw_curves, draw_rates
 from lorapro.experiments.folders import write_json, write_text
+from lorapro.experiments.on_the_way import way_cells
 
 __all__ = ["FIGURE", "print_report", "table_cells", "write"]
 
@@ -88,10 +89,19 @@ def notes(summary: dict[str, Any]) -> list[str]:
 
 
 def _markdown(summary: dict[str, Any]) -> str:
-    header, rows = table_cells(summary)
+    text = _markdown_table(*table_cells(summary)) + "\n\n" + "\n".join(notes(summary)) + "\n"
+    header, rows = way_cells(summary)
+    if rows:
+        text += (
+            "\nValidation loss on the way, at the rates above, with the difference from LoRA:\n\n"
+        )
+        text += _markdown_table(header, rows) + "\n"
+    return text
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * 1 + ["---:"] * (len(header) - 1), *rows]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return table + "\n\n" + "\n".join(notes(summary)) + "\n"
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def write(folder: Path, summary: dict[str, Any]) -> None:

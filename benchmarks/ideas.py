@@ -1,6 +1,6 @@
 """Ideas for rules on the tangent space, tried through `lorapro compare` before they are made fast.
 
-    python benchmarks/ideas.py benchmarks/ideas.yaml --output_dir runs/ideas
+    python benchmarks/ideas.py results/ideas/compare.yaml --output_dir runs/ideas
 
 A method is `idea-<rule>` or `idea-<rule>+<change>+…`. Every pair is stepped alone, in float64 and
 with (m, n) matrices: for finding out, not for use.
@@ -12,9 +12,10 @@ rules
 changes
     rows      muon's h divided by the root mean square of each of its rows over time
     norm      the step lengthened to the norm that h had before it was projected
-    retract   every step goes along the tangent and back to rank r, not only those that outrun B
+    retract   every step goes along the tangent and back to rank r; without it no step does, not
+              even those that outrun B
     trace     print medians over the pairs, step by step: ‖P h‖/‖h‖ for P the projection on the
-              tangent space, and γ‖d_B·d_A‖/‖B·d_A + d_B·A‖
+              tangent space, and γ‖d_B·d_A‖/‖B·d_A + d_B·A‖, both before any lengthening
 """
 
 from __future__ import annotations

@@ -292,3 +292,31 @@ def test_gradients_of_low_rank_do_not_throw_W_far_away(rule, r, rank):
         optimizer.step()
         for pair, W in zip(pairs, before, strict=True):
             assert 2.0 * (pair.B @ pair.A - W).norm() < 2 * lr * longest
+
+
+@pytest.mark.parametrize("rule", ["factored", "muon"])
+@pytest.mark.parametrize("shape", [(2, 20), (20, 2), (3, 3)])
+def test_steps_that_outrun_B_at_a_rank_above_both_sides(rule, shape):
+    m, n = shape
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(*s, generator=generator) for s in ((4, n), (m, 4)))
+    pair = LoraPair("w", nn.Parameter(A), nn.Parameter(1e-4 * B), scaling=1.0)
+    optimizer = RULES[rule](lorapro.lora_param_groups(None, pairs=[pair]))
+    for _ in range(3):
+        W = (pair.B @ pair.A).detach()
+        feed_dense_gradient(pair, torch.randn(m, n, generator=generator))
+        optimizer.step()
+        assert 0 < (pair.B @ pair.A - W).norm() < 3e-3 * 0.2 * (max(m, n) * 25) ** 0.5
+
+
+@pytest.mark.parametrize("rule", ["factored", "muon"])
+def test_a_rate_that_decays_the_adapter_away_leaves_finite_factors(rule):
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, 20, generator=generator), torch.randn(12, 4, generator=generator)
+    pair = LoraPair("w", nn.Parameter(A), nn.Parameter(1e-4 * B), scaling=1.0)
+    optimizer = RULES[rule](lorapro.lora_param_groups(None, pairs=[pair]), weight_decay=0.1)
+    optimizer.param_groups[0]["lr"] = 10.0
+    feed_dense_gradient(pair, torch.randn(12, 20, generator=generator))
+    optimizer.step()
+    assert torch.isfinite(pair.A).all()
+    assert torch.isfinite(pair.B).all()

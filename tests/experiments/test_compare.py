@@ -12,6 +12,7 @@ from lorapro.experiments.compare import compare, pick_rate, summarize_runs
 from lorapro.experiments.compare_config import Entry, load_comparison
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.figure import read_curve, smooth, spread_labels
+from lorapro.experiments.on_the_way import way_cells
 from lorapro.experiments.report import table_cells
 
 
@@ -236,3 +237,16 @@ def test_a_curve_is_read_without_gaps_and_infinities(tmp_path):
     path.write_text("step,train_loss,eval_loss\n1,2.0,\n2,nan,1.5\n3,1.0,inf\n")
     assert read_curve(path, "train_loss") == ([1.0, 3.0], [2.0, 1.0])
     assert read_curve(path, "eval_loss") == ([2.0], [1.5])
+
+
+def test_a_diverged_method_leaves_the_others_their_losses_on_the_way():
+    ways = {"lora": [10, 20, 30, 40], "full": [10, 20], "lora-pro": []}
+    rows = [
+        {"label": label, "on_the_way": [{"step": s, "losses": [1.0 / s]} for s in steps]}
+        for label, steps in ways.items()
+    ]
+    header, cells = way_cells({"methods": rows})
+    assert header == ["method", "step 10", "step 20", "step 30", "step 40"]
+    assert cells[0] == ["lora", "0.1000", "0.0500", "0.0333", "0.0250"]
+    assert cells[1][3:] == cells[2][3:] == ["-", "-"]
+    assert way_cells({"methods": rows[2:]}) == ([], [])

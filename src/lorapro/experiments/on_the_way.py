@@ -57,21 +57,25 @@ def shown_steps(steps: Sequence[int], most: int = MOST_COLUMNS) -> list[int]:
 def way_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows) of the table of validation losses on the way; empty if there is none.
 
-    A cell holds the mean and, in parentheses, the difference from the baseline.
+    A cell holds the mean and, in parentheses, the difference from the baseline; a dash where a
+    method has no finite loss of every seed.
     """
     ways = {
         row["label"]: {entry["step"]: entry for entry in row.get("on_the_way", [])}
         for row in summary["methods"]
     }
-    common = sorted(set.intersection(*map(set, ways.values()))) if ways else []
-    if len(common) < 2:
+    known = sorted(set().union(*ways.values()))
+    if len(known) < 2:
         return [], []
-    steps = shown_steps(common)
+    steps = shown_steps(known)
     rows = []
     for label, way in ways.items():
         cells = [label]
         for step in steps:
-            entry = way[step]
+            entry = way.get(step)
+            if entry is None:
+                cells.append("-")
+                continue
             text = f"{statistics.fmean(entry['losses']):.4f}"
             if over := entry.get("over_baseline"):
                 text += f" ({over['size']:+.4f} ± {over['noise']:.4f})"

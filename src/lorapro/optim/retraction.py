@@ -17,15 +17,16 @@ from lorapro.optim.stacks import Tall, Wide
 
 __all__ = ["MOST_CURVE", "outruns", "retract"]
 
-# How many times as long as the first-order part of a step the second may be. Training from B = 0
-# stays below 1.5 in every step; above are directions of B that are hardly there.
+# How many times as long as the first-order part of a step the second may be. From B = 0, at a rate
+# that is constant or rises step by step, training stays below 1.5; above are rates that jump and
+# directions of B that are hardly there.
 MOST_CURVE = 2.0
 
 
 def outruns(space: Space, d_A: Wide, d_B: Tall, lr: float) -> Tensor:
     """Which steps have ``γ·‖d_B·d_A‖_F > 2·‖B·d_A + d_B·A‖_F``, (k,), through r×r products.
 
-    All others move the product by at most ``3γ·‖B·d_A + d_B·A‖_F``.
+    All others move the product by at most ``3γ·‖B·d_A + d_B·A‖_F`` (without weight decay).
 
     >>> from lorapro.optim.spaces import ExactSpace
     >>> A, B = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.1], [0.0]]])
@@ -68,7 +69,7 @@ def retract(A: Tensor, B: Tensor, d_A: Tensor, d_B: Tensor, lr: float) -> tuple[
     P, right = torch.linalg.qr(torch.cat([A - lr * d_A, -lr * A], -2).mT)
     U, sigma, Vt = torch.linalg.svd(left @ right.mT, full_matrices=False)
     rows = Vt[..., :r, :] @ P.mT
-    Y, _, Zt = torch.linalg.svd(A @ rows.mT)
+    Y, _, Zt = torch.linalg.svd(A @ rows.mT, full_matrices=False)
     turn, length = Y @ Zt, torch.linalg.matrix_norm(A)[:, None, None] / r**0.5
     new_B = (Q @ (U[..., :r] * sigma[..., None, :r])) @ turn.mT
     return length * (turn @ rows), new_B / length

@@ -172,7 +172,7 @@ def take_steps(
             A = _stepped(A, d_A.parts[i], keep, lr, dtypes[0])
         if b.grad_B is not None:
             B = _stepped(B, d_B.parts[i], keep, lr, dtypes[1])
-        if mark is not None and mark.any():
+        if keep and mark is not None and mark.any():
             ends = (space.A.parts[i], space.B.parts[i], d_A.parts[i], d_B.parts[i])
             at_A, at_B, to_A, to_B = (t[mark].double() for t in ends)
             back = retract(keep * at_A, keep * at_B, to_A, to_B, lr)

@@ -55,7 +55,7 @@ class Tangent:
         )
         keep = np.sqrt(1 - lr * self.weight_decay)
         first = lr * (self.B @ d_A + d_B @ self.A)
-        outrun = np.linalg.norm(lr**2 * d_B @ d_A) > 2 * np.linalg.norm(first)
+        outrun = np.linalg.norm(lr**2 * d_B @ d_A) > 4 * np.linalg.norm(first)
         self.A, self.B = keep * self.A, keep * self.B
         if outrun:
             self.A, self.B = nearest(self.A, self.B @ self.A - keep * first)

@@ -20,19 +20,19 @@ __all__ = ["MOST_CURVE", "outruns", "retract"]
 # How many times as long as the first-order part of a step the second may be. From B = 0, at a rate
 # that is constant or rises step by step, training stays below 1.5; above are rates that jump and
 # directions of B that are hardly there.
-MOST_CURVE = 2.0
+MOST_CURVE = 4.0
 
 
 def outruns(space: Space, d_A: Wide, d_B: Tall, lr: float) -> Tensor:
-    """Which steps have ``γ·‖d_B·d_A‖_F > 2·‖B·d_A + d_B·A‖_F``, (k,), through r×r products.
+    """Which steps have ``γ·‖d_B·d_A‖_F > 4·‖B·d_A + d_B·A‖_F``, (k,), through r×r products.
 
-    All others move the product by at most ``3γ·‖B·d_A + d_B·A‖_F`` (without weight decay).
+    All others move the product by at most ``5γ·‖B·d_A + d_B·A‖_F`` (without weight decay).
 
     >>> from lorapro.optim.spaces import ExactSpace
     >>> A, B = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.1], [0.0]]])
     >>> space = ExactSpace(A, B, torch.ones(1, 1, 1), "zero")
     >>> d_A, d_B = space.A.map(lambda a: 9 * a.flip(-1)), space.B.map(lambda b: 10 * b.flip(-2))
-    >>> [bool(outruns(space, d_A, d_B, lr)) for lr in (0.1, 1.0)]   # 9·lr against 2·√(0.9² + 1)
+    >>> [bool(outruns(space, d_A, d_B, lr)) for lr in (0.1, 1.0)]   # 9·lr against 4·√(0.9² + 1)
     [False, True]
     """
     A, B = space.A, space.B

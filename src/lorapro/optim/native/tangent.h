@@ -122,7 +122,7 @@ INLINE void take_step(const real *P, real *d, index_t count, const options_t *o)
     for (index_t i = 0; i < count; i++) d[i] = (float)(keep * P[i] - lr * d[i]);
 }
 
-#define MOST_CURVE 2 /* as in lorapro.optim.retraction */
+#define MOST_CURVE 4 /* as in lorapro.optim.retraction */
 
 /* Whether the second-order part γ²·d_B·d_A of a step is so much longer than the first that it is not to
  * be taken as it is (lorapro.optim.retraction). The ratio is at most γ·‖d_A‖·‖A⁺‖, and γ·‖d_B‖·‖B⁺‖:

@@ -13,7 +13,7 @@ from lorapro.experiments.compare_config import Entry, load_comparison
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.figure import read_curve, smooth, spread_labels
 from lorapro.experiments.on_the_way import way_cells
-from lorapro.experiments.report import table_cells
+from lorapro.experiments.report import notes, table_cells
 
 
 @pytest.fixture
@@ -186,6 +186,17 @@ def test_no_gap_is_said_where_noise_is_larger(tmp_path):
     header, rows = table_cells(summary)
     cells = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     assert cells["lora-pro"]["gap closed"] == "no gap"
+
+
+def test_it_is_said_where_full_fine_tuning_is_behind(tmp_path):
+    numbers = {
+        ("full", 1e-4): [(0.7, 0.81), (0.7, 0.80), (0.7, 0.81), (0.7, 0.81)],
+        ("lora", 1e-3): [(0.7, 0.71), (0.7, 0.70), (0.7, 0.71), (0.7, 0.72)],
+        ("lora-pro", 1e-3): [(0.6, 0.63)] * 4,
+    }
+    said = "\n".join(notes(summarize(tmp_path, METHODS, numbers)))
+    assert "full fine-tuning is behind LoRA beyond noise" in said
+    assert "no gap beyond noise" not in said
 
 
 def test_a_best_rate_at_the_edge_and_divergence_are_warned_of(tmp_path):

@@ -82,6 +82,8 @@ def notes(summary: dict[str, Any]) -> list[str]:
             )
         else:
             verdict = "" if gap["exists"] else ": no gap beyond noise"
+            if gap["size"] < -gap["noise"]:
+                verdict = ": full fine-tuning is behind LoRA beyond noise"
             of = "over seeds" if seeds > 1 else "from the size of the test set; seeds add to it"
             lines.append(f"{size}, 95 % interval ± {gap['noise']:.4f} ({of}){verdict}.")
     lines += [f"Warning: {line}." for line in summary["warnings"]]
@@ -92,9 +94,7 @@ def _markdown(summary: dict[str, Any]) -> str:
     text = _markdown_table(*table_cells(summary)) + "\n\n" + "\n".join(notes(summary)) + "\n"
     header, rows = way_cells(summary)
     if rows:
-        text += (
-            "\nValidation loss on the way, at the rates above, with the difference from LoRA:\n\n"
-        )
+        text += "\nValidation loss on the way, at these rates (minus LoRA's, 95 % interval):\n\n"
         text += _markdown_table(header, rows) + "\n"
     return text
 

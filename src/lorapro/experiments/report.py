@@ -12,7 +12,7 @@ from lorapro.experiments.figure import draw_curves, draw_rates
 from lorapro.experiments.folders import write_json, write_text
 from lorapro.experiments.on_the_way import way_cells
 
-__all__ = ["FIGURE", "print_report", "table_cells", "write"]
+__all__ = ["FIGURE", "notes", "print_report", "table_cells", "write"]
 
 FIGURE, RATES, TABLE, RESULTS = "curves.png", "learning_rates.png", "table.md", "results.json"
 

@@ -174,6 +174,14 @@ def _finish(
     axes: Any, title: str, ends: list[tuple[str, float, float, str]], x_label: str = "step"
 ) -> None:
     """Name the lines at their ends and take away what does not carry data."""
+    from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if axes.get_xscale() == "log":  # 1, 2 and 5 of each decade: all nine run into one another
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(9, 9)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel(x_label, color=INK)
     axes.tick_params(colors=INK, length=3)

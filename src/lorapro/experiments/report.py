@@ -94,7 +94,9 @@ def _markdown(summary: dict[str, Any]) -> str:
     text = _markdown_table(*table_cells(summary)) + "\n\n" + "\n".join(notes(summary)) + "\n"
     header, rows = way_cells(summary)
     if rows:
-        text += "\nValidation loss on the way, at these rates (minus LoRA's, 95 % interval):\n\n"
+        compared = any("±" in cell for cells in rows for cell in cells)
+        what = " (minus LoRA's, 95 % interval)" if compared else ""
+        text += f"\nValidation loss on the way, at these rates{what}:\n\n"
         text += _markdown_table(header, rows) + "\n"
     return text
 

@@ -138,7 +138,8 @@ def draw_rates(summary: dict[str, Any], target: Path) -> bool:
     axes = figure.subplots()
     chosen = [dict(points)[row["learning_rate"]] for row, points, _, _ in lines]
     finite = [loss for loss in chosen if math.isfinite(loss)] or [1.0]
-    top = 1.5 * max(finite)
+    seen = [loss for _, points, _, _ in lines for _, loss in points if math.isfinite(loss)]
+    top = min(1.5 * max(finite), 1.03 * max(seen, default=1.0))
     ends = []
     for row, points, color, style in lines:
         rates = [rate for rate, _ in points]

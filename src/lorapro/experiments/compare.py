@@ -19,7 +19,7 @@ from lorapro.experiments.model_building import build_model, check_optimizer
 from lorapro.experiments.on_the_way import add_losses_on_the_way
 from lorapro.experiments.progress import RunsProgress
 from lorapro.experiments.runner import make_task, run
-from lorapro.experiments.statistics import gap_between, share_closed, summarize
+from lorapro.experiments.statistics import difference, gap_between, share_closed, summarize
 from lorapro.experiments.tasks import TASKS, Task
 
 __all__ = ["BASELINE", "TARGET", "compare", "pick_rate", "summarize_runs"]
@@ -232,8 +232,7 @@ def _add_differences(rows: list[dict[str, Any]]) -> None:
     baseline: list[float] = found[0] if found else []
     for row in rows:
         if len(baseline) > 1 and row["label"] != BASELINE:
-            difference = gap_between(row["test_losses"], baseline)
-            row["over_baseline"] = {"size": difference.size, "noise": difference.noise}
+            row["over_baseline"] = difference(row["test_losses"], baseline)
 
 
 def _close_gap(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

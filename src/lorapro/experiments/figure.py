@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_curves", "draw_rates", "read_curve", "smooth", "spread_labels"]
+from lorapro.experiments.folders import CURVE
+
+__all__ = ["draw_curves", "draw_rates", "read_curve", "read_curves", "smooth", "spread_labels"]
 
 # Okabe and Ito's palette, told apart with every common colour-vision deficiency; line styles
 # repeat the distinction in grey print.
@@ -70,11 +72,11 @@ def spread_labels(positions: list[float], distance: float) -> list[float]:
     return placed
 
 
-def _mean_curve(folders: list[Path], column: str) -> tuple[list[float], list[float]]:
-    """Mean over seeds at the steps that all of them have."""
-    curves = [dict(zip(*read_curve(f / "curve.csv", column), strict=True)) for f in folders]
+def read_curves(folders: list[Path], column: str) -> dict[float, list[float]]:
+    """Return the values of all runs, in order, at each step that all of them have."""
+    curves = [dict(zip(*read_curve(f / CURVE, column), strict=True)) for f in folders]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return steps, [sum(curve[s] for curve in curves) / len(curves) for s in steps]
+    return {step: [curve[step] for curve in curves] for step in steps}
 
 
 def draw_curves(folder: Path, summary: dict[str, Any], target: Path) -> None:
@@ -94,9 +96,11 @@ def draw_curves(folder: Path, summary: dict[str, Any], target: Path) -> None:
         ends: list[tuple[str, float, float, str]] = []
         for number, row in enumerate(summary["methods"]):
             color, style = _look(number)
-            steps, values = _mean_curve([folder / name for name in row["folders"]], column)
-            if not steps:
+            curves = read_curves([folder / name for name in row["folders"]], column)
+            if not curves:
                 continue
+            steps = list(curves)
+            values = [sum(losses) / len(losses) for losses in curves.values()]
             shown = smooth(values) if column == "train_loss" else values
             if column == "train_loss":
                 axes.plot(steps, values, color=color, alpha=0.18, linewidth=1)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorapro.experiments.figure import read_curve
-from lorapro.experiments.folders import CURVE
-from lorapro.experiments.statistics import gap_between
+from lorapro.experiments.figure import read_curves
+from lorapro.experiments.statistics import difference
 
 __all__ = ["add_losses_on_the_way", "shown_steps", "way_cells"]
 
@@ -24,13 +23,9 @@ def add_losses_on_the_way(folder: Path, rows: list[dict[str, Any]], baseline: st
     95 % interval.
     """
     for row in rows:
-        curves = [
-            dict(zip(*read_curve(folder / name / CURVE, "eval_loss"), strict=True))
-            for name in row["folders"]
-        ]
-        steps = sorted(set.intersection(*map(set, curves)))
+        curves = read_curves([folder / name for name in row["folders"]], "eval_loss")
         row["on_the_way"] = [
-            {"step": int(step), "losses": [curve[step] for curve in curves]} for step in steps
+            {"step": int(step), "losses": losses} for step, losses in curves.items()
         ]
     known = {row["label"]: row["on_the_way"] for row in rows}
     base = {entry["step"]: entry["losses"] for entry in known.get(baseline, [])}
@@ -38,8 +33,7 @@ def add_losses_on_the_way(folder: Path, rows: list[dict[str, Any]], baseline: st
         for entry in entries:
             if label == baseline or entry["step"] not in base or len(entry["losses"]) < 2:
                 continue
-            difference = gap_between(entry["losses"], base[entry["step"]])
-            entry["over_baseline"] = {"size": difference.size, "noise": difference.noise}
+            entry["over_baseline"] = difference(entry["losses"], base[entry["step"]])
 
 
 def shown_steps(steps: Sequence[int], most: int = MOST_COLUMNS) -> list[int]:

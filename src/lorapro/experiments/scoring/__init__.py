@@ -1,0 +1,1 @@
+"""Scores of generated answers: numbers, programs and chat, as the papers and lm-eval count them."""

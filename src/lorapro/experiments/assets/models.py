@@ -1,22 +1,20 @@
-"""What turns a package's own files into the data file or model folder that a task opens.
+"""Builders of model folders from files of other formats.
 
 A builder gets the unpacked folder and an empty target folder. It may leave the target half done
-when it raises: ``assets.fetch`` then keeps nothing.
+when it raises: ``fetch`` then keeps nothing.
 """
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from lorapro.experiments.errors import UserError
 
-__all__ = ["dequantize_gguf", "dinov2_from_onnx", "table_from_folders", "unpack_gzip"]
+__all__ = ["dequantize_gguf", "dinov2_from_onnx", "require_modules"]
 
 # DINOv2 reads pixels in [0, 1], normalised by ImageNet's mean and deviation.
 _DINOV2_PIXELS = {
@@ -40,7 +38,7 @@ def dequantize_gguf(source: Path, target: Path) -> None:
     Raises:
         UserError: transformers or gguf is not installed.
     """
-    _require(("transformers", "gguf"), "a GGUF model")
+    require_modules(("transformers", "gguf"), "a GGUF model")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -75,7 +73,7 @@ def dinov2_from_onnx(source: Path, target: Path) -> None:
     Raises:
         UserError: transformers or onnx is not installed.
     """
-    _require(("transformers", "onnx"), "an ONNX model")
+    require_modules(("transformers", "onnx"), "an ONNX model")
     import numpy as np
     import onnx
     from safetensors.numpy import save_file
@@ -113,40 +111,8 @@ def dinov2_from_onnx(source: Path, target: Path) -> None:
     (target / "preprocessor_config.json").write_text(json.dumps(_DINOV2_PIXELS), encoding="utf-8")
 
 
-def table_from_folders(source: Path, target: Path) -> None:
-    """Write ``table.jsonl`` from text files that lie in one folder per label.
-
-    Each file ``<label>/<name>.txt`` becomes a row with the columns ``text`` (the whole file, title
-    line included) and ``label``, in the order of their paths. Files are UTF-8; one that is not is
-    read as Windows-1252, in which every byte that occurs in English prose has a meaning.
-
-    Raises:
-        UserError: no such file.
-    """
-    files = sorted(source.glob("*/*.txt"))
-    if not files:
-        raise UserError("the package holds no text files in folders named after their labels")
-    with (target / "table.jsonl").open("w", encoding="utf-8") as stream:
-        for file in files:
-            row = {"text": _decode(file.read_bytes()).strip(), "label": file.parent.name}
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def unpack_gzip(source: Path, target: Path) -> None:
-    """Write the one ``.jsonl.gz`` file in ``source`` as ``test.jsonl``."""
-    (file,) = source.glob("*.jsonl.gz")
-    with gzip.open(file, "rb") as packed, (target / "test.jsonl").open("wb") as plain:
-        shutil.copyfileobj(packed, plain)
-
-
-def _decode(content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
-
-
-def _require(modules: Sequence[str], what: str) -> None:
+def require_modules(modules: Sequence[str], what: str) -> None:
+    """Raise a one-line error for the first of ``modules`` that is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise UserError(

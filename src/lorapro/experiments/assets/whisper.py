@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lorapro.experiments.assets.models import require_modules
 from lorapro.experiments.errors import UserError
@@ -92,7 +92,7 @@ def whisper_from_ctranslate2(source: Path, target: Path) -> None:
     require_modules(("transformers",), "a CTranslate2 model")
     import numpy as np
     import torch
-    from transformers import (
+    from transformers import (  # type: ignore[attr-defined]
         WhisperConfig,
         WhisperFeatureExtractor,
         WhisperForConditionalGeneration,
@@ -136,7 +136,7 @@ def whisper_from_ctranslate2(source: Path, target: Path) -> None:
         raise UserError(f"the package's model is no Whisper: {', '.join([*extra, *missing][:3])}")
     model.tie_weights()
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    generation = model.generation_config
+    generation: Any = model.generation_config
     generation.decoder_start_token_id, generation.eos_token_id = start, end
     generation.pad_token_id, generation.is_multilingual = end, False
     generation.no_timestamps_token_id = plain

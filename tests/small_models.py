@@ -21,7 +21,7 @@ def llama(**config):
     torch.manual_seed(0)
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, **config))
+    return AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, **heads, **config}))
 
 
 def randomise(model, seed=1):

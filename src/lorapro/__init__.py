@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorapro import diagnostics as diagnostics
     from lorapro import functional as functional
     from lorapro import lora_ga as lora_ga
     from lorapro.export import save_merged as save_merged
@@ -34,7 +35,16 @@ _PLACES = {
     "save_portable": "lorapro.export",
     "trainer_optimizer": "lorapro.trainer",
 }
-_MODULES = ("export", "factors", "functional", "lora_ga", "optim", "param_groups", "trainer")
+_MODULES = (
+    "diagnostics",
+    "export",
+    "factors",
+    "functional",
+    "lora_ga",
+    "optim",
+    "param_groups",
+    "trainer",
+)
 
 __all__ = [*_PLACES, *_MODULES]
 

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from lorapro.lora_ga.geometry import rows_of
 from lorapro.lora_ga.layers import REPACKED, AdaptedLayer
 
-__all__ = ["Accumulator", "Loss", "capture", "quiet"]
+__all__ = ["Accumulator", "Loss", "Tap", "capture", "quiet"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -99,11 +99,12 @@ class Accumulator:
         self.seconds += time.perf_counter() - began
 
 
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's output that hands (x, δ) to an accumulator in the backward pass."""
+class Tap(torch.autograd.Function):
+    """Identity on a layer's output that hands (x, δ) to ``sink.add_call`` in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, sink: Accumulator) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, sink: Any) -> Tensor:
+        """``output`` as it is."""
         # The anchor requires a gradient, so that the node exists even before any trained layer.
         ctx.save_for_backward(x)
         ctx.sink = sink
@@ -111,6 +112,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """δ as it is."""
         (delta,) = grads
         (x,) = ctx.saved_tensors
         ctx.sink.add_call(x, delta)
@@ -142,7 +144,7 @@ def _listen(stack: ExitStack, sink: Accumulator) -> None:
         if x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # what the layer itself sees
         anchor = torch.zeros((), device=out.device, requires_grad=True)
-        return _Tap.apply(out, x.detach(), anchor, sink)
+        return Tap.apply(out, x.detach(), anchor, sink)
 
     # On the adapter layer, not its base: a base that is also called from elsewhere, without the
     # adapter, has gradients the adapter cannot act on. The output gradient is the same.

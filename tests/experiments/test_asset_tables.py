@@ -123,3 +123,14 @@ def test_packed_problems_are_unpacked(folders):
 def test_a_package_without_the_file_is_one_clear_line(folders):
     with pytest.raises(UserError, match=r"expected one file \*\.json in the package, found 0"):
         tables.text_to_text(*folders)
+
+
+def test_python_files_become_a_row_a_definition_without_the_tests(folders):
+    source, target = folders
+    (source / "tests").mkdir()
+    (source / "b.py").write_text("import os\n\n\ndef f():\n\n    return 1\n\n\n\nclass C: ...\n")
+    (source / "a.py").write_text("x = 1\n")
+    (source / "tests" / "test_a.py").write_text("def test(): ...\n")
+    tables.table_from_sources(source, target)
+    texts = [row["text"] for row in rows_of(target / "table.jsonl")]
+    assert texts == ["x = 1", "import os", "def f():\n\n    return 1", "class C: ..."]

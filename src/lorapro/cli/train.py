@@ -29,9 +29,12 @@ def run(arguments: Sequence[str]) -> None:
 
     config = load_config(path, flags)
     result = run_config(config, log=report_line)
-    for split in ("validation", "test"):
-        values = ", ".join(f"{name} {value:.4g}" for name, value in result[split].items())
-        print(f"{split}: {values}")
+    if result["status"] != "finished":
+        print(f"{result['status']} after {result['steps']} steps")
+    for split, values in result["metrics"].items():
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
+        if shown:
+            print(f"{split}: {shown}")
     for kind, name in result["saved"].items():
         print(f"{kind}: {config.folder / name}")
     if "merged" in result["saved"]:

@@ -1,7 +1,8 @@
 """One flat YAML, plus ``--flag value`` overrides, checked and turned into dataclasses.
 
-A key is either one of ours (:class:`ExperimentArguments`) or any field of
-``transformers.TrainingArguments``, as users of TRL and of the Hugging Face examples know it.
+A key is one of ours (:class:`~lorapro.experiments.options.RunOptions`, or one that the run's task
+or method owns) or any field of ``transformers.TrainingArguments``, as users of TRL and of the
+Hugging Face examples know it.
 """
 
 from __future__ import annotations
@@ -11,19 +12,34 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorapro.experiments.errors import UserError, check_name, nearest_hint
-from lorapro.experiments.methods import METHODS
+from lorapro.experiments import methods, tasks
+from lorapro.experiments.data import content_digest
+from lorapro.experiments.errors import UserError, nearest_hint
+from lorapro.experiments.options import RunOptions, check_options, union
+from lorapro.experiments.tasks import catalogue
 from lorapro.experiments.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["Config", "ExperimentArguments", "build_config", "load_config"]
+__all__ = [
+    "COMPARE_ONLY",
+    "RunConfig",
+    "build_config",
+    "from_values",
+    "load_config",
+    "option_defaults",
+    "our_keys",
+    "owners",
+    "parse_values",
+    "relevant",
+]
 
 # What differs from TrainingArguments' own defaults, unless the config says otherwise.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -36,13 +52,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 64,
 }
 
-# Keys that do not change what is learned: two runs that differ here only are the same run.
-NOT_PART_OF_THE_RUN = {
+# Trainer's keys that do not change what is learned: two runs that differ here only are the same.
+NOT_LEARNED = {
     "output_dir",
-    "overwrite",
-    "save_full_model",
-    "generation_samples",
-    "generation_batch_size",
     "disable_tqdm",
     "report_to",
     "run_name",
@@ -66,117 +78,30 @@ NOT_PART_OF_THE_RUN = {
     "resume_from_checkpoint",
 }
 
-COMPARE_ONLY = ("methods", "seeds", "strategy")
-
-_POSITIVE = ("rank", "max_length", "image_size", "max_new_tokens", "generation_batch_size")
-
-
-@dataclass
-class ExperimentArguments:
-    """Our own keys; everything else is ``transformers.TrainingArguments``."""
-
-    task: str = field(
-        default="tweets", metadata={"help": "tweets, classification, gsm8k or images"}
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "asset, hub id or folder; default: the task's own"}
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "type of the model's weights"}
-    )
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "asset, local CSV/JSONL file or folder, folder of IDX files, or hub id; "
-            "default: the task's"
-        },
-    )
-    data_config: str | None = field(
-        default=None, metadata={"help": "configuration name of a hub data set"}
-    )
-    text_column: str = field(default="text", metadata={"help": "classification: the text"})
-    label_column: str | None = field(
-        default=None,
-        metadata={"help": "classification and images: the label (default: the task's)"},
-    )
-    image_column: str = field(default="image", metadata={"help": "images: the image"})
-    image_size: int = field(
-        default=28,
-        metadata={"help": "images: height and width in pixels, a multiple of the model's patch"},
-    )
-    train_samples: int = field(default=0, metadata={"help": "training examples; 0 is all"})
-    validation_samples: int = field(
-        default=500, metadata={"help": "validation examples, cut from train if there is no split"}
-    )
-    test_samples: int = field(default=1000, metadata={"help": "test examples; 0 is all there are"})
-    split_seed: int = field(
-        default=0, metadata={"help": "draws the splits; apart from seed, so all seeds share them"}
-    )
-    max_length: int = field(default=128, metadata={"help": "longest sequence, in tokens"})
-    calculator_annotations: bool = field(
-        default=False, metadata={"help": "gsm8k: keep <<48/2=24>> in the answers"}
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "gsm8k: longest generated answer"})
-    generation_samples: int = field(
-        default=0, metadata={"help": "gsm8k: test questions answered after training; 0 is none"}
-    )
-    generation_batch_size: int = field(default=16, metadata={"help": "gsm8k: answers at a time"})
-
-    method: str = field(default="lora-pro", metadata={"help": ", ".join(METHODS)})
-    x: str = field(default="sylvester", metadata={"help": "LoRA-Pro: zero, sylvester, symmetric"})
-    rank: int = field(default=8, metadata={"help": "rank of the adapters"})
-    alpha: float = field(default=16.0, metadata={"help": "LoRA's alpha"})
-    gamma: float = field(
-        default=16.0, metadata={"help": "LoRA-GA's gamma: larger is a smaller start"}
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "module names, or all-linear"},
-    )
-    exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "module names that get no adapter"}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "modules trained in full beside the adapters"}
-    )
-    save_full_model: bool = field(
-        default=True, metadata={"help": "full fine-tuning: save the model's weights"}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "replace another run that lies in output_dir"}
-    )
-
-    def check(self) -> None:
-        """Raise :class:`UserError` for the first value that cannot be meant."""
-        from lorapro.experiments.tasks import TASKS
-        from lorapro.functional import X_CHOICES
-
-        check_name("task", self.task, TASKS)
-        check_name("method", self.method, METHODS)
-        check_name("x", self.x, X_CHOICES)
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("train_samples", "validation_samples", "test_samples", "generation_samples"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, found {getattr(self, name)}")
-        if self.validation_samples == 0:
-            raise UserError(
-                "validation_samples must be at least 1: learning rates are picked there"
-            )
-        for name in ("alpha", "gamma"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be positive, found {getattr(self, name):g}")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout must lie in [0, 1), found {self.lora_dropout:g}")
+COMPARE_ONLY = ("title", "paper", "columns", "tasks", "grid", "methods", "seeds", "strategy")
 
 
 @dataclass(frozen=True)
-class Config:
-    """A checked configuration: our arguments, Trainer's, and the keys that were given."""
+class RunConfig:
+    """A checked configuration of one run.
 
-    experiment: ExperimentArguments
+    Attributes:
+        run: keys of every run.
+        entry: the task.
+        task: options of the task's family.
+        method: adapter x start x optimizer.
+        adapter, start, optimizer: their options.
+        training: Trainer's arguments.
+        given: the keys that were given, with their types.
+    """
+
+    run: RunOptions
+    entry: tasks.TaskEntry
+    task: Any
+    method: methods.Method
+    adapter: Any
+    start: Any
+    optimizer: Any
     training: TrainingArguments
     given: dict[str, Any]
 
@@ -185,38 +110,84 @@ class Config:
         """Where the run is written."""
         return Path(str(self.training.output_dir))
 
-    def with_values(self, **changes: Any) -> Config:
+    def with_values(self, **changes: Any) -> RunConfig:
         """Return the configuration with these keys changed, checked again."""
         return build_config({**self.given, **changes})
 
-    def identity(self) -> dict[str, Any]:
-        """Return what makes this run this run: given keys that differ from their defaults."""
-        defaults = _defaults()
-        learned = {"learning_rate": self.training.learning_rate, **self.given}
-        return {
+    def family(self) -> tasks.Family:
+        """Return the task's family instance, nothing read yet."""
+        return tasks.make_family(self.entry, self.run, self.task)
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        defaults = _training_defaults()
+        found: dict[str, Any] = {
             key: value
-            for key, value in sorted(learned.items())
-            if key not in NOT_PART_OF_THE_RUN and (key not in defaults or value != defaults[key])
+            for key, value in self.given.items()
+            if key in defaults and key not in NOT_LEARNED and value != defaults[key]
         }
+        found["learning_rate"] = self.training.learning_rate
+        found["max_steps"] = self.training.max_steps
+        for options in (self.run, self.task, self.adapter, self.start, self.optimizer):
+            for item in dataclasses.fields(options):
+                value = getattr(options, item.name)
+                if item.metadata.get("learned", True) and value != _default(item):
+                    found[item.name] = value
+        family = self.family()
+        found |= {
+            "task": self.entry.name,
+            "method": self.method.name,
+            "model": family.model_name,
+            "data": family.data_name,
+            "data_content": content_digest(family.data_name),
+        }
+        return {key: value for key, value in sorted(found.items()) if value is not None}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes this run this run: its keys that are not defaults, and its data.
+
+        Keys that its task and method do not read are not part of it.
+        """
+        return dict(self._identity)
 
     def fingerprint(self) -> str:
         """Return a hash of :meth:`identity`."""
-        text = json.dumps(self.identity(), sort_keys=True, default=str)
+        text = json.dumps(self._identity, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _defaults() -> dict[str, Any]:
+def _default(item: Any) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
+
+
+@functools.cache
+def _training_defaults() -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    values: dict[str, Any] = {}
-    for cls in (TrainingArguments, ExperimentArguments):
+    return {
+        item.name: _default(item) for item in dataclasses.fields(TrainingArguments) if item.init
+    }
+
+
+def our_keys() -> set[str]:
+    """Every key of ours, whoever reads it."""
+    return set(option_defaults())
+
+
+@functools.cache
+def option_defaults() -> dict[str, Any]:
+    """Every key of ours with the default of the dataclass that declares it first."""
+    found: dict[str, Any] = {}
+    for cls in _option_classes():
         for item in dataclasses.fields(cls):
-            if item.default is not dataclasses.MISSING:
-                values[item.name] = item.default
-            elif item.default_factory is not dataclasses.MISSING:
-                values[item.name] = item.default_factory()
-    values.pop("learning_rate")  # the method's own, never TrainingArguments'
-    return values
+            found.setdefault(item.name, _default(item))
+    return found
+
+
+def _option_classes() -> list[type]:
+    return [RunOptions, *catalogue.option_classes(), *methods.option_classes()]
 
 
 @functools.cache
@@ -227,7 +198,7 @@ def _parser() -> Any:
         def error(self, message: str) -> NoReturn:
             raise UserError(message.replace("argument --", "").replace("\n", " "))
 
-    types: Any = [ExperimentArguments, TrainingArguments]
+    types: Any = [union(_option_classes()), TrainingArguments]
     parser = Parser(types, add_help=False, allow_abbrev=False)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # the namespace then holds what was given
@@ -246,37 +217,27 @@ def _as_flags(values: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, Mapping):
             flags.append(f"--{key}={json.dumps(value)}")
         elif isinstance(value, list | tuple):
-            if value:
-                flags += [f"--{key}", *map(str, value)]
+            if not value:
+                raise UserError(f"{key} is an empty list; leave the key out or give it a value")
+            flags += [f"--{key}", *map(str, value)]
         else:
             flags.append(f"--{key}={value}")
     return flags
 
 
-_AT_LEAST_ONE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-)
-
-
-def build_config(values: Mapping[str, Any], flags: Sequence[str] = ()) -> Config:
-    """Check ``values`` overridden by command-line ``flags`` and build the dataclasses.
+def parse_values(values: Mapping[str, Any], flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Return ``values`` overridden by ``flags``, each with the type of its key.
 
     Raises:
-        UserError: an unknown key or flag (with the nearest valid one), a value of the wrong type,
-            a value out of range.
+        UserError: a key or flag that no task or method has, with the nearest; a value of the wrong
+            type.
     """
-    import torch
-    from transformers import TrainingArguments
-
-    ours = {item.name for item in dataclasses.fields(ExperimentArguments)}
-    theirs = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
+    known = {*our_keys(), *_training_defaults()}
     for key in values:
         if key in COMPARE_ONLY:
             raise UserError(f"{key!r} belongs to 'lorapro compare'; 'lorapro train' is one run")
-        if key not in ours | theirs:
-            raise UserError(f"unknown config key {key!r}{nearest_hint(key, ours | theirs)}")
+        if key not in known:
+            raise UserError(f"unknown config key {key!r}{nearest_hint(key, known)}")
     parser = _parser()
     from_file, _ = parser.parse_known_args(_as_flags(values))
     from_flags, unknown = parser.parse_known_args(list(flags))
@@ -284,33 +245,164 @@ def build_config(values: Mapping[str, Any], flags: Sequence[str] = ()) -> Config
         name = unknown[0].lstrip("-").partition("=")[0]
         if not unknown[0].startswith("--"):
             raise UserError(f"unexpected argument {unknown[0]!r}")
-        hint = nearest_hint(name.replace("-", "_"), ours | theirs)
+        hint = nearest_hint(name.replace("-", "_"), known)
         raise UserError(f"unknown flag --{name}{hint}")
     given = {**vars(from_file), **vars(from_flags)}
+    for key, value in given.items():
+        if isinstance(value, str) and value.startswith("{"):
+            given[key] = _mapping(key, value)
+    return given
 
-    experiment = ExperimentArguments(**{k: v for k, v in given.items() if k in ours})
-    experiment.check()
-    rate = given.setdefault("learning_rate", METHODS[experiment.method].learning_rate)
-    if not 0 < rate < float("inf"):
+
+def _mapping(key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text if key not in ("optimizer_options",) else _not_a_mapping(key, text)
+
+
+def _not_a_mapping(key: str, text: str) -> NoReturn:
+    raise UserError(f"{key} must be a mapping such as '{{\"name\": 1}}', found {text!r}")
+
+
+def relevant(values: Mapping[str, Any]) -> set[str]:
+    """Return our keys that the task and the method named in ``values`` read."""
+    run = RunOptions()
+    entry = tasks.find_task(str(values.get("task", run.task)))
+    method = methods.find_method(str(values.get("method", run.method)))
+    classes = (RunOptions, tasks.FAMILIES[entry.family].options, *method.options())
+    return {item.name for cls in classes for item in dataclasses.fields(cls)}
+
+
+def owners(key: str) -> str:
+    """Say which tasks or methods read one of our keys.
+
+    >>> owners("gamma")
+    "methods with 'lora-ga'"
+    """
+    families = [
+        name
+        for name, family in tasks.FAMILIES.items()
+        if key in {item.name for item in dataclasses.fields(family.options)}
+    ]
+    if families:
+        names = [entry.name for entry in tasks.TASKS.values() if entry.family in families]
+        return f"tasks {', '.join(names)}"
+    parts = {**methods.ADAPTERS, **methods.STARTS, **methods.OPTIMIZERS}
+    found = [
+        repr(name)
+        for name, part in parts.items()
+        if key in {item.name for item in dataclasses.fields(part.options)}
+    ]
+    return f"methods with {', '.join(found)}"
+
+
+def _make(cls: type, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    names = {item.name for item in dataclasses.fields(cls)}
+    values = {**defaults, **given}
+    options = cls(**{name: value for name, value in values.items() if name in names})
+    check_options(options)
+    return options
+
+
+# Trainer's keys that must be at least so much, and those that must be finite and not negative.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+    "warmup_steps": 0,
+}
+_NOT_NEGATIVE = ("max_grad_norm", "weight_decay", "adam_epsilon", "label_smoothing_factor")
+
+
+def _check_training(given: Mapping[str, Any], rate: float) -> None:
+    if not 0 < rate < math.inf:
         raise UserError(f"learning_rate must be positive and finite, found {rate:g}")
-    for key in _AT_LEAST_ONE:
-        if given.get(key, 1) < 1:
-            raise UserError(f"{key} must be at least 1, found {given[key]}")
-    if given.get("max_steps", -1) == 0:
-        raise UserError("max_steps must be at least 1 (or -1 for num_train_epochs), found 0")
-    if (seed := given.get("seed", 0)) < 0:
-        raise UserError(f"seed must not be negative, found {seed}")
+    for key, least in _LEAST.items():
+        if not given.get(key, least) >= least:
+            raise UserError(f"{key} must be at least {least}, found {given[key]}")
+    for key in _NOT_NEGATIVE:
+        if not 0 <= given.get(key, 0) < math.inf:
+            raise UserError(f"{key} must be finite and not negative, found {given[key]:g}")
+    steps = given.get("max_steps", -1)
+    if steps != -1 and steps < 1:
+        raise UserError(
+            f"max_steps must be at least 1 (or -1 for num_train_epochs), found {steps}"
+        )
+    if steps == -1 and not 0 < given.get("num_train_epochs", 1) < math.inf:
+        raise UserError(
+            f"num_train_epochs must be positive and finite, found {given['num_train_epochs']:g}"
+        )
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= given.get(key, 0) < 1:
+            raise UserError(f"{key} must lie in [0, 1), found {given[key]:g}")
+    _check_trackers(given.get("report_to", "none"))
+
+
+def _check_trackers(value: Any) -> None:
+    """Refuse a tracker whose package is not installed, which Trainer would only find at the end."""
+    import importlib.util
+
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    for name in [value] if isinstance(value, str) else value:
+        package = packages.get(name)
+        if package is None:
+            continue
+        names = (package, "tensorboardX") if package == "tensorboard" else (package,)
+        if not any(importlib.util.find_spec(module) for module in names):
+            raise UserError(
+                f"report_to {name!r} needs the package {package!r}, which is not installed; "
+                f"run: pip install {package}"
+            )
+
+
+def build_config(values: Mapping[str, Any], flags: Sequence[str] = ()) -> RunConfig:
+    """Check ``values`` overridden by command-line ``flags`` and build the dataclasses.
+
+    Raises:
+        UserError: an unknown key or flag (with the nearest valid one), a key that belongs to
+            another task or method, a value of the wrong type, a value out of range.
+    """
+    return from_values(parse_values(values, flags))
+
+
+def from_values(given: Mapping[str, Any]) -> RunConfig:
+    """Build a configuration from values that have their types already."""
+    import torch
+    from transformers import TrainingArguments
+
+    given = dict(given)
+    used, ours, theirs = relevant(given), our_keys(), _training_defaults()
+    for key in given:
+        if key in ours and key not in used:
+            raise UserError(f"{key!r} is not read by this run; it belongs to {owners(key)}")
+    entry = tasks.find_task(str(given.get("task", RunOptions.task)))
+    method = methods.find_method(str(given.get("method", RunOptions.method)))
+    family = tasks.FAMILIES[entry.family]
+    run = _make(RunOptions, given, entry.values)
+    task = _make(family.options, given, entry.values)
+    adapter, start, optimizer = (_make(cls, given, {}) for cls in method.options())
+
+    rate = given.setdefault("learning_rate", method.learning_rate)
+    _check_training(given, rate)
     arguments = {**TRAINING_DEFAULTS, **{k: v for k, v in given.items() if k in theirs}}
+    arguments |= family.training_values(task, given)
     arguments.setdefault("data_seed", arguments.get("seed", 42))
     arguments.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-    arguments.setdefault("output_dir", f"runs/{experiment.task}-{experiment.method}")
+    arguments.setdefault("output_dir", f"runs/{entry.name}-{method.name}")
     try:
         training = TrainingArguments(**arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    return Config(experiment, training, given)
+    return RunConfig(run, entry, task, method, adapter, start, optimizer, training, given)
 
 
-def load_config(path: str | Path | None, flags: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, flags: Sequence[str] = ()) -> RunConfig:
     """Read a YAML (or none), override it with flags, check it. See :func:`build_config`."""
+    if path is not None and Path(path).is_dir():
+        raise UserError(
+            f"{path} is a folder, expected a config YAML; the config of a run is "
+            f"{Path(path) / 'config.yaml'}"
+        )
     return build_config({} if path is None else read_yaml(path), flags)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import functools
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,46 @@ from lorapro.experiments.assets import ASSETS, asset_path, is_asset
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.idx import is_idx_folder, read_idx_folder
 
-__all__ = ["Row", "load_rows", "require_columns"]
+__all__ = ["Row", "content_digest", "load_rows", "require_columns"]
 
 Row = dict[str, Any]
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
 
 
 def _read_file(path: Path, encoding: str) -> list[Row]:
+    import pandas
+
     if path.suffix not in SUFFIXES:
         raise UserError(f"cannot read {path}: expected a file ending in {', '.join(SUFFIXES)}")
     try:
-        with path.open(encoding=encoding, newline="") as stream:
-            if path.suffix in (".csv", ".tsv"):
-                delimiter = "\t" if path.suffix == ".tsv" else ","
-                rows: list[Any] = list(csv.DictReader(stream, delimiter=delimiter))
-            elif path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in stream if line.strip()]
-            else:
-                rows = json.load(stream)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"cannot read {path}: expected a list of records with named columns")
-    if not rows:
+        if path.suffix in (".csv", ".tsv"):
+            # Everything stays text; nothing but an empty field is missing.
+            table = pandas.read_csv(
+                path,
+                sep="\t" if path.suffix == ".tsv" else ",",
+                encoding=encoding,
+                dtype=str,
+                keep_default_na=False,
+                na_values=[""],
+            )
+        elif path.suffix == ".parquet":
+            table = pandas.read_parquet(path)
+        else:
+            table = pandas.read_json(
+                path, lines=path.suffix == ".jsonl", dtype=False, convert_dates=False
+            )
+    except pandas.errors.EmptyDataError:
+        raise UserError(f"{path} holds no rows") from None
+    except (ValueError, OSError, pandas.errors.ParserError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot read {path}: {reason}; expected a table, or a list of records with named "
+            "columns"
+        ) from error
+    if not len(table):
         raise UserError(f"{path} holds no rows")
+    rows: list[Row] = table.to_dict("records")
     return rows
 
 
@@ -45,7 +60,9 @@ def _read_folder(folder: Path) -> dict[str, list[Row]]:
     found = {name: files[name] for name in SPLIT_NAMES if name in files}
     if "train" not in found:
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"{folder} has no train.jsonl, train.json or train.csv; it holds: {names}")
+        raise UserError(
+            f"{folder} has no train file ({', '.join(SUFFIXES)}); it holds: {names}"
+        )
     splits = {name: _read_file(path, "utf-8") for name, path in found.items()}
     for alias in ("valid", "dev"):
         if alias in splits:
@@ -85,10 +102,10 @@ def load_rows(source: str, config: str | None = None) -> dict[str, list[Row]]:
     """Load the splits of a data set as lists of rows.
 
     Args:
-        source: an asset's name; a ``.csv``, ``.tsv``, ``.json`` or ``.jsonl`` file (it becomes
-            the split ``train``); a folder with ``train.*`` and maybe ``validation.*`` and
-            ``test.*``; a folder of IDX files (see :mod:`~lorapro.experiments.idx`); or the id of
-            a data set on the hub.
+        source: an asset's name; a ``.csv``, ``.tsv``, ``.json``, ``.jsonl`` or ``.parquet`` file
+            (it becomes the split ``train``); a folder with ``train.*`` and maybe ``validation.*``
+            and ``test.*``; a folder of IDX files (see :mod:`~lorapro.experiments.idx`); or the id
+            of a data set on the hub.
         config: configuration name of a hub data set.
 
     Raises:
@@ -113,16 +130,68 @@ def load_rows(source: str, config: str | None = None) -> dict[str, list[Row]]:
     return _read_hub(source, config)
 
 
+def content_digest(source: str) -> str:
+    """Short hash of what a data set holds, so that changed data is a changed run.
+
+    Local files and folders: of their bytes. An asset: its checksum. A hub id: the revision in the
+    local hub cache, or ``""`` where nothing of it is there yet.
+    """
+    if is_asset(source):
+        return ASSETS[source].sha256[:16]
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _hash_of((path,))
+    if path.is_dir():
+        return _hash_of(tuple(sorted(p for p in path.rglob("*") if p.is_file())))
+    return _hub_revision(source)
+
+
+def _hash_of(paths: tuple[Path, ...]) -> str:
+    stats = [(p, p.stat()) for p in paths]
+    return _hash_files(tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in stats))
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    total = hashlib.sha256()
+    for name, _, _ in files:
+        with open(name, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                total.update(chunk)
+    return total.hexdigest()[:16]
+
+
+def _hub_revision(source: str) -> str:
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return ""
+    head = Path(HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}" / "refs" / "main"
+    return head.read_text(encoding="utf-8").strip()[:16] if head.is_file() else ""
+
+
 def require_columns(rows: Sequence[Row], columns: Iterable[str], source: str, keys: str) -> None:
-    """Check that the rows have ``columns``.
+    """Check that every row has a value in each of ``columns``.
 
     Raises:
-        UserError: naming the missing column, the columns found, and ``keys`` (what to set instead).
+        UserError: naming the missing column, the columns found, and ``keys`` (what to set instead);
+            or the first row with nothing in a column.
     """
     found = list(rows[0])
     for column in columns:
-        if column not in found:
+        if column not in found and not any(column in row for row in rows):
             raise UserError(
                 f"{source} has no column {column!r}; its columns are: "
                 f"{', '.join(map(str, found))}{keys}"
             )
+        for number, row in enumerate(rows, 1):
+            if missing(row.get(column)):
+                raise UserError(
+                    f"row {number} of {source} has nothing in column {column!r}; fill it or leave "
+                    "the row out"
+                )
+
+
+def missing(value: Any) -> bool:
+    """Whether a cell holds nothing: ``None`` or not a number."""
+    return value is None or (isinstance(value, float) and value != value)

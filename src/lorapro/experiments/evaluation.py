@@ -1,193 +1,116 @@
-"""Exact match of generated answers: batched greedy generation and answer extraction."""
+"""Trainer with one way to evaluate: every example scored, on the way and at the end."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from pathlib import Path
+import dataclasses
+import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorapro.experiments.statistics import wilson_interval
+import numpy as np
+import torch
+from transformers import Trainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from lorapro.experiments.config import RunConfig
+    from lorapro.experiments.tasks import Family
 
-__all__ = ["Score", "exact_match", "extract_answer", "generate", "left_pad"]
-
-_MARKED = re.compile(r"####\s*\$?\s*([-+]?\$?\s*[\d,]*\.?\d+)")
-_NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?|[-+]?\$?\.\d+")
+__all__ = ["ItemTrainer", "make_trainer", "weighted_loss"]
 
 
-def _normalize(number: str) -> str | None:
-    cleaned = re.sub(r"[,$\s]", "", number)
-    try:
-        value = Decimal(cleaned)
-    except InvalidOperation:
-        return None
-    text = format(value.normalize(), "f")
-    return "0" if text == "-0" else text
+def weighted_loss(items: Mapping[str, np.ndarray]) -> float:
+    """Mean loss over all labels, and not over examples or batches.
 
-
-def extract_answer(text: str) -> str | None:
-    """Return the number a text answers with, in a normal form, or ``None``.
-
-    The number after the first ``####``; without such a mark, the last number of the text. Commas,
-    dollar signs, a plus sign, trailing zeros and a trailing full stop are dropped.
-
-    >>> extract_answer("so 3 x 4 = 12 in all.\\n#### 1,200.50")
-    '1200.5'
-    >>> extract_answer("She pays $18.")
-    '18'
-    >>> extract_answer("I do not know.") is None
-    True
+    >>> weighted_loss({"loss": np.array([1.0, 4.0]), "weight": np.array([2.0, 1.0])})
+    2.0
     """
-    marked = _MARKED.search(text)
-    if marked:
-        return _normalize(marked.group(1))
-    numbers = list(_NUMBER.finditer(text))
-    if not numbers:
-        return None
-    last = numbers[-1]
-    found = last.group()
-    # "5-3": the sign is a minus between numbers, not part of the last one.
-    if found[0] in "+-" and last.start() > 0 and text[last.start() - 1].isalnum():
-        found = found[1:]
-    return _normalize(found)
+    weight = items["weight"].sum()
+    return float((items["loss"] * items["weight"]).sum() / weight) if weight else float("nan")
 
 
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Any, Any]:
-    """Return ``(input_ids, attention_mask)``, each (batch, longest), padded on the left.
+class ItemTrainer(Trainer):
+    """Trainer whose evaluations score each example with the task's ``item_scores``.
 
-    A decoder continues the last position, so padding goes before the prompt; the mask keeps it out
-    of attention and out of the position numbers.
+    Examples of similar length share a batch; scores come back in the order of the data. Under
+    several processes each scores its share.
     """
-    import torch
 
-    longest = max(len(prompt) for prompt in prompts)
-    ids = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
+    def __init__(self, *, family: Family, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.family = family
 
+    def score(self, examples: Any) -> dict[str, np.ndarray]:
+        """Return the scores of ``examples``, see :data:`lorapro.experiments.tasks.base.Items`."""
+        lengths = [len(example.get("input_ids", ())) for example in examples]
+        order = np.argsort(lengths, kind="stable")
+        loader = self.get_eval_dataloader([examples[i] for i in order])  # type: ignore[arg-type]
+        model, parts = self.model, []
+        assert model is not None
+        was_training = model.training
+        model.eval()
+        try:
+            for batch in loader:
+                inputs = self._prepare_inputs(batch)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    outputs = model(**inputs)
+                    scores = self.family.item_scores(outputs, inputs)
+                gathered = self.accelerator.gather_for_metrics(scores)
+                parts.append({name: value.cpu().numpy() for name, value in gathered.items()})
+        finally:
+            model.train(was_training)
+        back = np.argsort(order, kind="stable")
+        return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 16,
-    max_new_tokens: int = 256,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[str]:
-    """Continue token-id prompts greedily, batched; return the decoded continuations in order.
-
-    Prompts of similar length share a batch. ``on_batch`` is called with each batch's size.
-    """
-    import torch
-
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            ids, mask = left_pad([prompts[i] for i in chosen], int(tokenizer.pad_token_id))
-            with torch.no_grad():
-                out: Any = model.generate(  # type: ignore[operator]
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    pad_token_id=int(tokenizer.pad_token_id),
-                    eos_token_id=int(tokenizer.eos_token_id),
-                )
-            decoded = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(chosen, decoded, strict=True):
-                texts[i] = text
-            if on_batch is not None:
-                on_batch(len(chosen))
-    finally:
-        model.train(was_training)
-    return texts
-
-
-@dataclass(frozen=True)
-class Score:
-    """How many of ``total`` answers were right, with a 95 % Wilson interval."""
-
-    correct: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return self.correct / self.total
-
-    def as_dict(self) -> dict[str, float]:
-        """Accuracy, interval and counts, as they are written to result files."""
-        low, high = wilson_interval(self.correct, self.total)
+    def summarize(self, items: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Return loss, its standard error from the size of the set, and the task's metrics."""
+        spread = float(np.std(items["loss"]) / len(items["loss"]) ** 0.5)
         return {
-            "exact_match": self.accuracy,
-            "exact_match_low": low,
-            "exact_match_high": high,
-            "exact_match_correct": self.correct,
-            "exact_match_total": self.total,
+            "loss": weighted_loss(items),
+            "loss_standard_error": spread,
+            **self.family.metrics(items),
         }
 
-
-def exact_match(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
-    *,
-    batch_size: int = 16,
-    max_new_tokens: int = 256,
-    save_to: Path | None = None,
-    on_batch: Callable[[int], None] | None = None,
-) -> Score:
-    """Answer the questions of ``rows`` and compare the numbers with those of their answers.
-
-    Args:
-        model: a causal language model (with or without adapters).
-        tokenizer: its tokenizer.
-        rows: dictionaries with ``question`` and ``answer``.
-        batch_size: prompts generated together.
-        max_new_tokens: longest answer.
-        save_to: write question, truth, generated text and verdict there, one JSON object a line.
-        on_batch: called with the number of questions each time some are done.
-    """
-    from lorapro.experiments.tasks.gsm8k import prompt_ids
-
-    prompts = [prompt_ids(tokenizer, str(row["question"])) for row in rows]
-    texts = generate(
-        model,
-        tokenizer,
-        prompts,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        on_batch=on_batch,
-    )
-    records = []
-    for row, text in zip(rows, texts, strict=True):
-        truth, answer = extract_answer(str(row["answer"])), extract_answer(text)
-        records.append(
-            {
-                "question": row["question"],
-                "generated": text,
-                "answer": answer,
-                "truth": truth,
-                "correct": answer is not None and answer == truth,
-            }
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score the validation examples, log their metrics."""
+        examples = self.eval_dataset if eval_dataset is None else eval_dataset
+        found = self.summarize(self.score(examples))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
         )
-    if save_to is not None:
-        scratch = save_to.with_name(save_to.name + ".part")
-        with scratch.open("w", encoding="utf-8") as stream:
-            for record in records:
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(scratch, save_to)
-    return Score(sum(record["correct"] for record in records), len(records))
+        return metrics
+
+
+class _ReadOnlyTrainer(ItemTrainer):
+    """One that only evaluates, and makes no folder for it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            args = dataclasses.replace(kwargs.pop("args"), output_dir=scratch)
+            super().__init__(args=args, **kwargs)
+
+
+def make_trainer(
+    config: RunConfig,
+    family: Family,
+    model: Any,
+    optimizer: Any = None,
+    callbacks: Any = None,
+    *,
+    create_folder: bool = True,
+) -> ItemTrainer:
+    """Return the Trainer of a run; without ``create_folder`` it can evaluate only."""
+    return (ItemTrainer if create_folder else _ReadOnlyTrainer)(
+        family=family,
+        model=model,
+        args=config.training,
+        train_dataset=family.train,
+        eval_dataset=family.validation,
+        data_collator=family.collator(),
+        processing_class=family.processor,
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=callbacks,
+    )

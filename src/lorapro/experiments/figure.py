@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
 
-from lorapro.experiments.folders import CURVE
+from lorapro.experiments.folders import METRICS
 
 __all__ = ["draw_curves", "draw_rates", "read_curve", "read_curves", "smooth", "spread_labels"]
 
@@ -19,13 +19,13 @@ INK, FAINT = "#333333", "#dddddd"
 
 
 def read_curve(path: Path, column: str) -> tuple[list[float], list[float]]:
-    """Return (steps, values) of one column of a run's ``curve.csv``, finite values only."""
+    """Return (steps, values) of one column of a run's ``metrics.jsonl``, finite values only."""
     steps, values = [], []
-    with path.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            if row.get(column) and math.isfinite(float(row[column])):
-                steps.append(float(row["step"]))
-                values.append(float(row[column]))
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get(column) is not None:
+            steps.append(float(row["step"]))
+            values.append(float(row[column]))
     return steps, values
 
 
@@ -74,7 +74,7 @@ def spread_labels(positions: list[float], distance: float) -> list[float]:
 
 def read_curves(folders: list[Path], column: str) -> dict[float, list[float]]:
     """Return the values of all runs, in order, at each step that all of them have."""
-    curves = [dict(zip(*read_curve(f / CURVE, column), strict=True)) for f in folders]
+    curves = [dict(zip(*read_curve(f / METRICS, column), strict=True)) for f in folders]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return {step: [curve[step] for curve in curves] for step in steps}
 
@@ -91,7 +91,7 @@ def draw_curves(folder: Path, summary: dict[str, Any], target: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     for axes, column, title in zip(
-        panels, ("train_loss", "eval_loss"), ("Training loss", "Validation loss"), strict=True
+        panels, ("train_loss", "validation_loss"), ("Training loss", "Validation loss"), strict=True
     ):
         ends: list[tuple[str, float, float, str]] = []
         for number, row in enumerate(summary["methods"]):

@@ -1,37 +1,89 @@
-"""A run's folder: what lies in it, whether it is this run, and atomic writes."""
+"""A run's folder: what lies in it, whether it is this run, and atomic writes.
+
+======================= ==========================================================================
+file                    what it holds
+======================= ==========================================================================
+``config.yaml``         the keys that were given; ``lorapro train config.yaml`` runs it again
+``run.json``            ``fingerprint`` and ``identity`` (every key that makes the run this run)
+``metrics.jsonl``       one object a logged step: ``step`` and some of ``train_loss``,
+                        ``learning_rate``, ``grad_norm``, ``validation_loss``, further
+                        ``validation_*`` metrics, whatever callbacks log
+``items.npz``           one array a score, one element a test example, in the order of the test
+                        set, the same for all methods and seeds: ``loss``, ``weight`` (labels in
+                        it), and where they mean something ``correct``, ``prediction``, ``label``
+``predictions.jsonl``   what was generated, one object a test row, with ``correct``
+``adapter``, ``model``, what was trained; ``merged`` where the base weights changed too
+``merged``
+``initial``             first factors of an adapter that did not start at ``B·A = 0``
+``checkpoint-N``        Trainer's checkpoints
+``result.json``         written last, see below; a run without it is not finished
+``error.txt``           traceback of a run that failed
+======================= ==========================================================================
+
+``result.json``::
+
+    status                "finished", "diverged" or "failed"
+    task, method          names in the catalogues
+    model, data           asset, hub id or path
+    rank, alpha           null where the method has none
+    learning_rate, seed, batch_size (examples a step), steps, tokens or null
+    metrics               {"validation": {"loss": ..., "accuracy": ...}, "test": {...}};
+                          null for a loss that is not finite
+    metric                name of the task's main metric, higher is better; null if there is none
+    cost                  seconds, seconds_per_step (median), peak_memory_bytes,
+                          optimizer_state_bytes, trainable_parameters, parameters, device
+    versions              python, torch, transformers, peft, lorapro
+    git_revision          of the working copy that lorapro runs from; null elsewhere
+    fingerprint, identity as in run.json: every key of the run that is no default
+    saved                 {"adapter": "adapter", ...}
+    error                 one line, of a failed run
+
+A comparison's folder holds ``comparison.json`` (see :mod:`~lorapro.experiments.plan`) and its runs
+under ``runs/``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorapro.experiments.config import Config, build_config, read_yaml
+from lorapro.experiments.config import RunConfig
 from lorapro.experiments.errors import UserError
 
 __all__ = [
     "ADAPTER",
     "CONFIG",
+    "ERROR",
     "INITIAL",
+    "ITEMS",
     "MERGED",
+    "METRICS",
     "MODEL",
     "PREDICTIONS",
     "RESULT",
+    "RUN",
     "claim",
     "clear",
     "last_checkpoint",
+    "locked",
     "read_result",
     "run_state",
     "write_json",
     "write_text",
 ]
 
-CONFIG, RESULT, CURVE, PREDICTIONS = "config.yaml", "result.json", "curve.csv", "predictions.jsonl"
+CONFIG, RUN, RESULT, ERROR = "config.yaml", "run.json", "result.json", "error.txt"
+METRICS, ITEMS, PREDICTIONS = "metrics.jsonl", "items.npz", "predictions.jsonl"
 ADAPTER, MODEL, MERGED = "adapter", "model", "merged"
-INITIAL = "initial"  # LoRA-GA's first factors, which the checkpoints need beside them
+INITIAL = "initial"  # first factors of a start away from zero, which the checkpoints need
+LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -43,12 +95,30 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON completely or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    """Write JSON completely or not at all; numbers that are not finite become ``null``."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, default=str)
+    write_text(path, text + "\n")
 
 
-def run_state(config: Config) -> str:
+def finite(value: Any) -> Any:
+    """Replace what JSON cannot hold.
+
+    >>> finite({"loss": float("nan"), "steps": [1, float("inf")]})
+    {'loss': None, 'steps': [1, None]}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def run_state(config: RunConfig) -> str:
     """Return what the output folder holds: ``"new"``, ``"started"`` or ``"finished"``.
+
+    A failed run counts as started: it is tried again.
 
     Raises:
         UserError: the folder holds another run (and ``overwrite`` is not set), or files of others.
@@ -56,18 +126,21 @@ def run_state(config: Config) -> str:
     folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file, expected a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(p.name != LOCK for p in folder.iterdir()):
         return "new"
-    if not (folder / CONFIG).is_file():
+    held = _read(folder / RUN)
+    if held is None:
+        if all(p.name.startswith((CONFIG, RUN, LOCK)) for p in folder.iterdir()):
+            return "new"  # killed while it was being claimed
         raise UserError(
             f"output_dir {folder} holds files that are not a run's; choose an empty or new folder"
         )
-    other = build_config(read_yaml(folder / CONFIG))
-    if other.fingerprint() == config.fingerprint():
-        return "finished" if (folder / RESULT).is_file() else "started"
-    if config.experiment.overwrite:
+    if held["fingerprint"] == config.fingerprint():
+        result = _read(folder / RESULT)
+        return "started" if result is None or result.get("status") == "failed" else "finished"
+    if config.run.overwrite:
         return "new"
-    ours, theirs = config.identity(), other.identity()
+    ours, theirs = finite(config.identity()), held["identity"]
     changed = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
     listed = ", ".join(f"{k} {theirs.get(k, 'default')!s}" for k in changed[:4])
     raise UserError(
@@ -76,12 +149,20 @@ def run_state(config: Config) -> str:
     )
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return found
+
+
 def clear(folder: Path) -> None:
     """Remove what a run writes, and nothing else."""
-    for name in (RESULT, CONFIG, CURVE, PREDICTIONS):
+    for name in (RESULT, RUN, CONFIG, METRICS, ITEMS, PREDICTIONS, ERROR):
         (folder / name).unlink(missing_ok=True)
     clear_checkpoints(folder)
-    for name in (ADAPTER, MODEL, MERGED):
+    for name in (ADAPTER, MODEL, MERGED, INITIAL):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -92,7 +173,7 @@ def clear_checkpoints(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def claim(config: Config) -> Path:
+def claim(config: RunConfig) -> Path:
     """Make the output folder this run's: write its config there. Returns the folder.
 
     Raises:
@@ -108,7 +189,34 @@ def claim(config: Config) -> Path:
     values = {k: v for k, v in config.given.items() if k != "overwrite"}
     text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True)
     write_text(folder / CONFIG, f"# lorapro train {CONFIG}\n{text}")
+    identity = {"fingerprint": config.fingerprint(), "identity": config.identity()}
+    write_json(folder / RUN, identity)
     return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against other processes; a killed process holds nothing.
+
+    Raises:
+        UserError: another process trains this run now.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is training the run in {folder}") from None
+        yield
 
 
 def last_checkpoint(folder: Path) -> Path | None:

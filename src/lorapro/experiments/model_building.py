@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lorapro.experiments.config import Config
 from lorapro.experiments.errors import UserError
-from lorapro.experiments.methods import METHODS
-from lorapro.experiments.tasks import Task
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["add_adapter", "build_model", "check_optimizer", "count_parameters"]
+    from lorapro.experiments.config import RunConfig
+    from lorapro.experiments.tasks import Family
+
+__all__ = ["add_adapter", "build_model", "check_optimizer", "count_parameters", "total_steps"]
 
 
-def build_model(config: Config, task: Task) -> Any:
+def build_model(config: RunConfig, family: Family) -> Any:
     """Return the model of ``config``: pretrained weights, fresh head and adapter, initialised.
 
     Seeded twice, before the head and before the adapter: a seed gives the same head to every method
@@ -27,18 +28,16 @@ def build_model(config: Config, task: Task) -> Any:
     """
     from transformers import set_seed
 
-    method = METHODS[config.experiment.method]
+    method = config.method
     seed = config.training.seed
     set_seed(seed)
-    model: Any = task.load_model()
-    if method.adapter is not None:
+    model: Any = family.load_model()
+    if not method.trains_all:
         set_seed(seed)
-        model = add_adapter(model, config, task, method.adapter)
-        check_ranks(model)
-        if method.init is not None:
-            batches = init_batches(config, task, method.init_batches)
+        model = add_adapter(model, config, family)
+        if method.start.initialize is not None:
             try:
-                method.init(model, batches, config.experiment)
+                method.start.initialize(model, start_batches(config, family), config.start)
             except ValueError as error:
                 raise UserError(" ".join(str(error).split())) from error
     if not any(p.requires_grad for p in model.parameters()):
@@ -46,29 +45,43 @@ def build_model(config: Config, task: Task) -> Any:
     return model
 
 
-def add_adapter(model: Any, config: Config, task: Task, extra: Mapping[str, Any]) -> Any:
+def add_adapter(model: Any, config: RunConfig, family: Family) -> Any:
     """Wrap ``model`` in the PEFT adapter that the config and the method describe."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    args = config.experiment
-    targets: Any = args.target_modules
-    in_full = list(args.modules_to_save or [])
-    if task.head is not None and task.head not in in_full:
-        in_full.append(task.head)
-    options = {
-        "r": args.rank,
-        "lora_alpha": args.alpha,
-        "lora_dropout": args.lora_dropout,
-        "target_modules": targets[0] if targets == ["all-linear"] else targets,
-        "exclude_modules": args.exclude_modules,
+    adapter, options = config.method.adapter, config.adapter
+    assert adapter.config is not None
+    in_full = list(options.modules_to_save or [])
+    if family.head is not None and family.head not in in_full:
+        in_full.append(family.head)
+    more = {
         "modules_to_save": in_full or None,
-        "task_type": task.peft_task_type,
+        "task_type": family.peft_task_type,
+        **config.method.start.peft(config.start),
     }
+    check_rank(model, config)
     try:
-        return get_peft_model(model, LoraConfig(**{**options, **extra}))
+        made = get_peft_model(model, adapter.config(options, more, total_steps(config, family)))
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"cannot add the adapter: {reason}") from error
+        raise UserError(f"cannot add the adapter: {_shortened(reason)}") from error
+    check_ranks(made)
+    return made
+
+
+def _shortened(reason: str, most: int = 240) -> str:
+    return reason if len(reason) <= most else f"{reason[:most]} ..."
+
+
+def check_rank(model: nn.Module, config: RunConfig) -> None:
+    """Raise for a rank that no weight of the model can have: starts by SVD would fail on it."""
+    shapes = [tuple(p.shape) for p in model.parameters() if p.dim() >= 2]
+    most = max((min(shape[0], math.prod(shape[1:])) for shape in shapes), default=0)
+    if config.adapter.rank > most:
+        raise UserError(
+            f"rank {config.adapter.rank} is above min(m, n) of every weight of the model, at most "
+            f"{most}; lower 'rank'"
+        )
 
 
 def check_ranks(model: nn.Module) -> None:
@@ -83,13 +96,13 @@ def check_ranks(model: nn.Module) -> None:
                 f"rank {pair.rank} is above min(m, n) = {min(m, n)} of {pair.name} "
                 f"({m} x {n}); lower 'rank' or leave the layer out with exclude_modules"
             )
-    if not found.pairs:
+    if not found.pairs and not found.unaligned:
         raise UserError(
             "the model has no trainable LoRA pair; check target_modules and exclude_modules"
         )
 
 
-def check_optimizer(config: Config, model: nn.Module) -> Any:
+def check_optimizer(config: RunConfig, model: nn.Module) -> Any:
     """Return Trainer's ``optimizer_cls_and_kwargs``, tried once on the model.
 
     The trial shows what the optimizer has against the model or the options while nothing has been
@@ -97,28 +110,39 @@ def check_optimizer(config: Config, model: nn.Module) -> Any:
     """
     from torch.optim import Optimizer
 
-    method = METHODS[config.experiment.method]
-    if method.optimizer is None:
+    make = config.method.optimizer.make
+    if make is None:
         return None
     try:
-        maker, kwargs = method.optimizer(config.training, config.experiment)
-        if not issubclass(maker, Optimizer):  # a factory: Trainer calls it in the same way
-            maker()(model, **kwargs)
-    except ValueError as error:
+        maker, kwargs = make(config.training, config.optimizer)
+        if not (isinstance(maker, type) and issubclass(maker, Optimizer)):
+            maker()(model, **kwargs)  # a factory: Trainer calls it in the same way
+    except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     return maker, kwargs
 
 
-def init_batches(config: Config, task: Task, count: int) -> Iterator[dict[str, Any]]:
-    """Yield ``count`` seeded training batches of the training batch size."""
+def total_steps(config: RunConfig, family: Family) -> int:
+    """Return how many optimizer steps the run has (of one process)."""
+    training = config.training
+    if training.max_steps > 0:
+        return training.max_steps
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return math.ceil(math.ceil(len(family.train) / batch) * training.num_train_epochs)
+
+
+def start_batches(config: RunConfig, family: Family) -> Iterator[dict[str, Any]]:
+    """Yield the training batches, seeded, that the start asks for."""
     import random
 
-    size = config.training.per_device_train_batch_size
-    order = list(range(len(task.train)))
+    options = config.start
+    count = getattr(options, "lora_ga_batches", 0)
+    size = getattr(options, "lora_ga_batch_size", 0) or config.training.per_device_train_batch_size
+    order = list(range(len(family.train)))
     random.Random(config.training.seed).shuffle(order)
-    collate = task.collator()
+    collate = family.collator()
     for start in range(0, min(count * size, len(order)), size):
-        yield collate([task.train[i] for i in order[start : start + size]])
+        yield collate([family.train[i] for i in order[start : start + size]])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def add_losses_on_the_way(folder: Path, rows: list[dict[str, Any]], baseline: st
     95 % interval.
     """
     for row in rows:
-        curves = read_curves([folder / name for name in row["folders"]], "eval_loss")
+        curves = read_curves([folder / name for name in row["folders"]], "validation_loss")
         row["on_the_way"] = [
             {"step": int(step), "losses": losses} for step, losses in curves.items()
         ]

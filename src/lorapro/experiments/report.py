@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lorapro.experiments.figure import draw_curves, draw_rates
 from lorapro.experiments.folders import write_json, write_text
-from lorapro.experiments.on_the_way import way_cells
+from lorapro.experiments.on_the_way import add_losses_on_the_way, way_cells
 
 __all__ = ["FIGURE", "notes", "print_report", "table_cells", "write"]
 
@@ -106,16 +106,18 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def write(folder: Path, summary: dict[str, Any]) -> None:
-    """Write figures, table and JSON into ``folder``."""
-    draw_curves(folder, summary, folder / FIGURE)
-    if not draw_rates(summary, folder / RATES):
-        (folder / RATES).unlink(missing_ok=True)
-    write_text(folder / TABLE, _markdown(summary))
-    write_json(folder / RESULTS, summary)
+def write(folder: Path, summary: dict[str, Any], where: Path) -> None:
+    """Write figures, table and JSON of the comparison in ``folder`` into the folder ``where``."""
+    where.mkdir(parents=True, exist_ok=True)
+    add_losses_on_the_way(folder, summary["methods"], "lora")
+    draw_curves(folder, summary, where / FIGURE)
+    if not draw_rates(summary, where / RATES):
+        (where / RATES).unlink(missing_ok=True)
+    write_text(where / TABLE, _markdown(summary))
+    write_json(where / RESULTS, summary)
 
 
-def print_report(folder: Path, summary: dict[str, Any], console: Console) -> None:
+def print_report(where: Path, folder: Path, summary: dict[str, Any], console: Console) -> None:
     """Print the table, its notes and where everything lies."""
     header, rows = table_cells(summary)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -130,12 +132,12 @@ def print_report(folder: Path, summary: dict[str, Any], console: Console) -> Non
     for line in notes(summary):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print()
-    console.print(f"Loss curves: {folder / FIGURE}", highlight=False, soft_wrap=True)
-    if (folder / RATES).is_file():
-        console.print(f"Rates tried: {folder / RATES}", highlight=False, soft_wrap=True)
-    console.print(f"Table:       {folder / TABLE}", highlight=False, soft_wrap=True)
+    console.print(f"Loss curves: {where / FIGURE}", highlight=False, soft_wrap=True)
+    if (where / RATES).is_file():
+        console.print(f"Rates tried: {where / RATES}", highlight=False, soft_wrap=True)
+    console.print(f"Table:       {where / TABLE}", highlight=False, soft_wrap=True)
     for row in summary["methods"]:
         for kind, name in row["saved"].items():
-            where = folder / row["folders"][0] / name
+            path = folder / row["folders"][0] / name
             title = f"{kind.capitalize()} of {row['label']}:"
-            console.print(f"{title} {where}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{title} {path}", highlight=False, soft_wrap=True, markup=False)

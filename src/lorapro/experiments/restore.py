@@ -9,10 +9,10 @@ from typing import Any
 
 from lorapro.experiments import folders
 from lorapro.experiments.assets import asset_path
-from lorapro.experiments.config import Config, build_config, load_config, read_yaml
+from lorapro.experiments.config import RunConfig, build_config, load_config, read_yaml
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.model_building import build_model, count_parameters
-from lorapro.experiments.tasks import Task
+from lorapro.experiments.tasks import Family
 
 __all__ = ["describe_target", "evaluate_target", "load_any", "load_trained"]
 
@@ -20,7 +20,7 @@ Log = Callable[[str], None]
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def _run_config(folder: Path, flags: Sequence[str]) -> Config:
+def _run_config(folder: Path, flags: Sequence[str]) -> RunConfig:
     if not (folder / folders.CONFIG).is_file():
         raise UserError(
             f"{folder} is not the folder of a run: it has no {folders.CONFIG}; "
@@ -29,7 +29,7 @@ def _run_config(folder: Path, flags: Sequence[str]) -> Config:
     return build_config(read_yaml(folder / folders.CONFIG), flags)
 
 
-def load_trained(folder: Path, task: Task) -> Any:
+def load_trained(folder: Path, task: Family) -> Any:
     """Return the model a finished run saved: merged or full weights, else base and adapter."""
     for name in (folders.MERGED, folders.MODEL):
         if (folder / name).is_dir():
@@ -76,7 +76,8 @@ def evaluate_target(
     """
     from transformers import PrinterCallback
 
-    from lorapro.experiments.runner import make_task, make_trainer
+    from lorapro.experiments.evaluation import make_trainer
+    from lorapro.experiments.runner import make_task
 
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, found {limit}")
@@ -95,22 +96,12 @@ def evaluate_target(
     model.eval()
     trainer = make_trainer(config, task, model, create_folder=False)
     trainer.remove_callback(PrinterCallback)
-    metrics = _test_metrics(trainer, task)
+    metrics = trainer.summarize(trainer.score(task.test))
     save_to = Path(predictions) if predictions else folder / "predictions-test.jsonl"
     if predictions is None and not is_run:
         save_to = None  # type: ignore[assignment]
     metrics.update(task.final_metrics(model, save_to, len(task.test_rows)))
     return metrics
-
-
-def _test_metrics(trainer: Any, task: Task) -> dict[str, float]:
-    found = trainer.evaluate(task.test, metric_key_prefix="test")
-    names = ("runtime", "per_second", "preparation_time")
-    return {
-        key.removeprefix("test_"): float(value)
-        for key, value in found.items()
-        if key.startswith("test_") and not key.endswith(names)
-    }
 
 
 def describe_target(
@@ -175,7 +166,7 @@ def load_any(target: Path, flags: Sequence[str], log: Log | None) -> Any:
     if not adapter.is_dir():
         checkpoint = folders.last_checkpoint(target)
         if checkpoint is None or not (checkpoint / ADAPTER_CONFIG).is_file():
-            raise UserError(f"{target} holds no adapter (method {config.experiment.method!r})")
+            raise UserError(f"{target} holds no adapter (method {config.method.name!r})")
         adapter = checkpoint
     return _with_adapter(task.load_model(), adapter, trainable=True)
 

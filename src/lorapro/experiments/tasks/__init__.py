@@ -1,17 +1,17 @@
-"""Tasks: data, model class, collator and metric. Adding one is a class in :data:`TASKS`."""
+"""What to train on: a task is one entry, a family of tasks one class. See :mod:`.catalogue`."""
 
 from __future__ import annotations
 
-from lorapro.experiments.tasks.base import Task, load_tokenizer
-from lorapro.experiments.tasks.classification import Classification, Tweets
-from lorapro.experiments.tasks.gsm8k import GSM8K
-from lorapro.experiments.tasks.images import Images
+from lorapro.experiments.tasks.base import Family, TaskEntry, TextFamily, load_tokenizer
+from lorapro.experiments.tasks.catalogue import FAMILIES, TASKS, find_task, make_family
 
-__all__ = ["GSM8K", "TASKS", "Classification", "Images", "Task", "Tweets", "load_tokenizer"]
-
-TASKS: dict[str, type[Task]] = {
-    "tweets": Tweets,
-    "classification": Classification,
-    "gsm8k": GSM8K,
-    "images": Images,
-}
+__all__ = [
+    "FAMILIES",
+    "TASKS",
+    "Family",
+    "TaskEntry",
+    "TextFamily",
+    "find_task",
+    "load_tokenizer",
+    "make_family",
+]

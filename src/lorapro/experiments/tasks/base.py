@@ -1,47 +1,99 @@
-"""What a task gives to the runner."""
+"""What a task is, and what a family of tasks gives to the runner.
+
+A *task* is one entry of :data:`lorapro.experiments.tasks.catalogue.TASKS`: family x data set x
+columns x prompt x metric. A *family* is a subclass of :class:`Family`: it knows how rows become
+examples, which model class reads them, and how examples are scored. Adding a task is an entry;
+adding a family is a class with an options dataclass of its own.
+"""
 
 from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorapro.experiments.assets import asset_path
-from lorapro.experiments.data import Row
+from lorapro.experiments.data import Row, load_rows, require_columns
 from lorapro.experiments.errors import UserError
+from lorapro.experiments.options import NoOptions, RunOptions
 
 if TYPE_CHECKING:
+    from numpy import ndarray
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorapro.experiments.config import ExperimentArguments
-
-__all__ = ["Examples", "Task", "TextTask", "load_tokenizer"]
+__all__ = ["Examples", "Family", "Items", "TaskEntry", "TextFamily", "load_tokenizer"]
 
 Examples = list[dict[str, Any]]
 
+Items = "Mapping[str, ndarray]"
+"""Scores of every test example, arrays of one length: at least ``loss`` (its mean loss) and
+``weight`` (labels it was averaged over; the reported loss is the weighted mean); where there is one
+answer an example, ``prediction``, ``label`` and ``correct`` (0 or 1)."""
 
-class Task(ABC):
-    """Data, model and metric of one task.
 
-    A task reads and encodes its data once (``prepare``) and gives fresh models
-    (``load_model``). Splits depend on ``split_seed`` alone: methods and seeds share them.
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task: which family reads which data how, and what it is judged by.
+
+    Attributes:
+        name: as written in configs.
+        family: key of :data:`~lorapro.experiments.tasks.catalogue.FAMILIES`.
+        about: one line for help and tables.
+        model: asset or hub id, used when the config names none.
+        data: likewise; ``None`` where the config must name it.
+        data_config: configuration name on the hub, used when ``data`` is not given.
+        values: defaults of this task for keys of the family or of
+            :class:`~lorapro.experiments.options.RunOptions`: columns, prompt, lengths, ...
+        metric: name of the main metric (higher is better), ``None`` where the loss is all.
+        row: changes a row before it is used, or drops it by returning ``None``; it gets the row
+            and the family's options.
+        toy: names in :mod:`lorapro.experiments.toys` of (model, data writer) for ``--toy true``.
+    """
+
+    name: str
+    family: str
+    about: str
+    model: str
+    data: str | None = None
+    data_config: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    metric: str | None = None
+    row: Callable[[Row, Any], Row | None] | None = None
+    toy: tuple[str, str] | None = None
+
+
+class Family(ABC):
+    """Data, model and scores of the tasks of one kind.
+
+    An instance belongs to one task of one configuration. It reads and encodes its data once
+    (:meth:`prepare`) and gives fresh models (:meth:`load_model`). Splits depend on ``split_seed``
+    alone: methods and seeds share them.
+
+    What a subclass must have: ``options`` (a dataclass of its keys), ``columns_used``,
+    ``load_processor``, ``encode``, ``load_model``, ``collator``, ``item_scores``. What it may have:
+    ``split_rows`` or ``examples`` (other ways to split), ``metrics``, ``final_metrics``
+    (generation), ``training_values`` (say, steps from a budget of tokens).
 
     Class attributes:
-        default_model: used when the config names none.
-        default_data: likewise.
+        options: dataclass of the family's keys.
         peft_task_type: name of a ``peft.TaskType``, ``None`` where PEFT has none.
         head: name of the module that starts afresh and is trained in full beside the adapters,
             ``None`` where there is none or PEFT knows it from the task type.
-        metric: name of the main metric (higher is better), ``None`` when the loss is all there is.
+
+    Attributes:
+        train, validation, test: examples, once prepared.
+        test_rows: the rows that ``test`` was made of, in the same order as ``test_order``.
+        processor: tokenizer or image processor; saved beside models.
+        model_path: local path of the model, or its hub id.
     """
 
-    default_model: ClassVar[str]
-    default_data: ClassVar[str | None]
-    peft_task_type: ClassVar[str | None]
+    options: ClassVar[type] = NoOptions
+    peft_task_type: ClassVar[str | None] = None
     head: ClassVar[str | None] = None
-    metric: ClassVar[str | None] = None
 
     train: Examples
     validation: Examples
@@ -50,14 +102,25 @@ class Task(ABC):
     model_path: str
     processor: Any
 
-    def __init__(self, arguments: ExperimentArguments) -> None:
-        self.arguments = arguments
-        self.model_name = arguments.model or self.default_model
-        data = arguments.data or self.default_data
+    def __init__(self, entry: TaskEntry, run: RunOptions, options: Any) -> None:
+        self.entry, self.run, self.args = entry, run, options
+        self.model_name = run.model or entry.model
+        data = run.data or entry.data
         if data is None:
-            raise UserError(f"task {arguments.task!r} needs 'data': a file, a folder or a hub id")
-        self.data_name = data
+            raise UserError(f"task {entry.name!r} needs 'data': a file, a folder or a hub id")
+        self.data_name: str = data
+        self.data_config = run.data_config or (entry.data_config if run.data is None else None)
         self.whole_test = False
+
+    @classmethod
+    def training_values(cls, options: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of ``TrainingArguments`` that follow from the family's keys (``max_steps``, ...).
+
+        Args:
+            options: the family's options.
+            given: keys of the config, ours and Trainer's.
+        """
+        return {}
 
     def prepare(self, log: Callable[[str], None] | None = None, limit: int | None = None) -> None:
         """Fetch what is missing, read the data, encode it.
@@ -68,18 +131,62 @@ class Task(ABC):
         self.whole_test = limit is not None
         self.model_path = asset_path(self.model_name, log)
         asset_path(self.data_name, log)
-        train, validation, test = self.split_rows()
         self.processor = self.load_processor()
-        self.train = self.encode(train)
-        self.validation = self.arrange(self.encode(validation))
-        self.test_rows = take(test, limit or 0)
-        self.test = self.arrange(self.encode(self.test_rows))
+        self.train, self.validation, self.test = self.examples(limit or 0)
         if not self.train:
             raise UserError(f"no training example of {self.data_name} fits into max_length")
 
+    def examples(self, limit: int) -> tuple[Examples, Examples, Examples]:
+        """Return the examples of train, validation and test, of which ``limit`` (0: all)."""
+        train, validation, test = self.split_rows()
+        self.test_rows = take(test, limit)
+        return self.encode(train), self.encode(validation), self.encode(self.test_rows)
+
+    def rows(self, keys: str = "") -> dict[str, list[Row]]:
+        """Read the data's splits, each row through the entry's ``row``; check the columns.
+
+        ``keys`` is added to the error for a missing column: which keys name the columns.
+        """
+        splits = load_rows(self.data_name, self.data_config)
+        if "train" not in splits:
+            raise UserError(f"{self.data_name} has no split 'train'; it has: {', '.join(splits)}")
+        columns = self.columns_used()
+        for name, rows in splits.items():
+            if name in ("train", "validation", "test"):
+                where = self.data_name if len(splits) == 1 else f"{self.data_name} ({name})"
+                require_columns(rows, columns, where, keys)
+        if self.entry.row is not None:
+            change = self.entry.row
+            splits = {
+                name: [new for row in rows if (new := change(row, self.args)) is not None]
+                for name, rows in splits.items()
+            }
+        return splits
+
     @abstractmethod
+    def columns_used(self) -> tuple[str, ...]:
+        """Columns that every row must have."""
+
     def split_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
-        """Return the rows of train, validation and test."""
+        """Return the rows of train, validation and test; what has no split is cut from train."""
+        run, splits = self.run, self.rows()
+        train = shuffled(splits["train"], run.split_seed)
+        if "test" in splits:
+            count = 0 if self.whole_test else run.test_samples
+            test = take(shuffled(splits["test"], run.split_seed), count)
+        else:
+            count = run.test_samples or len(train) // 5
+            train, test = train[count:], train[:count]
+        if "validation" in splits:
+            validation = take(splits["validation"], run.validation_samples)
+        else:
+            validation, train = train[: run.validation_samples], train[run.validation_samples :]
+        if not train:
+            raise UserError(
+                f"{self.data_name} has {len(splits['train'])} training rows: too few to cut "
+                "validation_samples and test_samples from"
+            )
+        return take(train, run.train_samples), validation, test
 
     @abstractmethod
     def load_processor(self) -> Any:
@@ -87,11 +194,10 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, rows: list[Row]) -> Examples:
-        """Turn rows into examples for :meth:`collator`, with the processor at hand."""
+        """Turn rows into examples for :meth:`collator`, with the processor at hand.
 
-    def arrange(self, examples: Examples) -> Examples:
-        """Return examples to evaluate in the order that is quickest."""
-        return examples
+        Rows that do not fit may be left out.
+        """
 
     @abstractmethod
     def load_model(self) -> PreTrainedModel:
@@ -101,22 +207,41 @@ class Task(ABC):
     def collator(self) -> Callable[[Examples], dict[str, Any]]:
         """Return the function that turns examples into a batch for the model."""
 
-    def compute_metrics(self) -> Callable[[Any], dict[str, float]] | None:
-        """Return Trainer's ``compute_metrics``, or ``None`` when the loss is all it can measure."""
-        return None
+    @abstractmethod
+    def item_scores(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Score each example of a batch.
+
+        Args:
+            outputs: the model's, with ``logits``.
+            batch: what the collator made.
+
+        Returns:
+            Tensors of shape (batch,), the arrays of :data:`Items`: ``loss`` and ``weight``, and
+            ``prediction``, ``label``, ``correct`` where they mean something.
+        """
+
+    def metrics(self, items: Mapping[str, ndarray]) -> dict[str, float]:
+        """Return metrics of all examples, beside the loss, from their scores."""
+        return {}
 
     def final_metrics(
         self, model: PreTrainedModel, save_to: Path | None, samples: int
     ) -> dict[str, float]:
-        """Return metrics of ``samples`` test rows that need more than a loss.
+        """Return metrics of ``samples`` test rows that need more than a loss (generation).
 
-        What the model said goes to the JSONL file ``save_to``, if it said anything.
+        What the model said goes to the JSONL file ``save_to``, one object a test row with at least
+        ``correct``.
         """
         return {}
 
+    @property
+    def final_samples(self) -> int:
+        """How many test rows :meth:`final_metrics` is asked for after training."""
+        return 0
 
-class TextTask(Task):
-    """A task whose model reads tokens."""
+
+class TextFamily(Family):
+    """A family whose models read tokens."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -127,10 +252,6 @@ class TextTask(Task):
     def load_processor(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
         return load_tokenizer(self.model_path, self.model_name)
-
-    def arrange(self, examples: Examples) -> Examples:
-        """Put similar lengths side by side, so that batches need less padding."""
-        return sorted(examples, key=lambda example: len(example["input_ids"]))
 
 
 def load_tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:

@@ -10,17 +10,29 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorapro.experiments.data import Row
 from lorapro.experiments.errors import UserError
-from lorapro.experiments.tasks.base import Examples, Task, load_pretrained
-from lorapro.experiments.tasks.labelled import classification_metrics, split_labelled
+from lorapro.experiments.options import option
+from lorapro.experiments.tasks.base import Examples, Family, load_pretrained
+from lorapro.experiments.tasks.labelled import Labelled, split_labelled
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from transformers import PreTrainedModel
 
-__all__ = ["Images", "PixelCollator", "to_pixels"]
+__all__ = ["Images", "ImagesOptions", "PixelCollator", "to_pixels"]
 
 
-class Images(Task):
+@dataclass
+class ImagesOptions:
+    """Keys of image classification."""
+
+    image_column: str = option("image", "column of the image")
+    label_column: str = option("label", "column of the label")
+    image_size: int = option(
+        28, "height and width in pixels, a multiple of the model's patch", least=1
+    )
+
+
+class Images(Labelled, Family):
     """Classify an image; loss is cross-entropy, metric is accuracy.
 
     Data: a folder of IDX files (MNIST, Fashion-MNIST, KMNIST), or a hub data set with a column of
@@ -28,20 +40,19 @@ class Images(Task):
     the collator makes the normalised floats that the model reads.
     """
 
-    default_model: ClassVar[str] = "vit-s14-focus"
-    default_data: ClassVar[str | None] = "zalando-datasets/fashion_mnist"
-    peft_task_type: ClassVar[str | None] = None
+    options: ClassVar[type] = ImagesOptions
     head: ClassVar[str | None] = "classifier"
-    metric: ClassVar[str | None] = "accuracy"
+
+    def columns_used(self) -> tuple[str, ...]:
+        """Image and label."""
+        return self.args.image_column, self.args.label_column
 
     def split_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
         """Read, check, drop repeated images, split."""
-        column = self.arguments.image_column
-        label = self.arguments.label_column or "label"
-        self.columns = (column, label)
+        column = self.args.image_column
         hint = " (set image_column and label_column)"
         splits, self.labels = split_labelled(
-            self, column, label, hint, lambda row: _digest(row[column], self.data_name)
+            self, self.args.label_column, hint, lambda row: _digest(row[column], self.data_name)
         )
         return splits
 
@@ -50,7 +61,7 @@ class Images(Task):
         from transformers import AutoConfig, AutoImageProcessor
 
         patch = getattr(load_pretrained(AutoConfig, *self._model), "patch_size", None)
-        size = self.arguments.image_size
+        size = self.args.image_size
         if isinstance(patch, int) and size % patch:
             near = max(patch, round(size / patch) * patch)
             raise UserError(
@@ -71,9 +82,9 @@ class Images(Task):
 
     def encode(self, rows: list[Row]) -> Examples:
         """Decode and resize the images, number the labels."""
-        column, label = self.columns
+        column, label = self.columns_used()
         numbers = {name: number for number, name in enumerate(self.labels)}
-        size = self.arguments.image_size
+        size = self.args.image_size
         return [
             {
                 "pixel_values": to_pixels(row[column], size, self.data_name),
@@ -93,7 +104,7 @@ class Images(Task):
             num_labels=len(self.labels),
             id2label=dict(enumerate(self.labels)),
             label2id={name: number for number, name in enumerate(self.labels)},
-            dtype=self.arguments.dtype,
+            dtype=self.run.dtype,
             ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one
         )
         if not hasattr(model, str(self.head)):
@@ -109,7 +120,7 @@ class Images(Task):
                     reason = " ".join(str(error).split())
                     raise UserError(
                         f"model {self.model_name!r} takes no images of image_size "
-                        f"{self.arguments.image_size}: {reason}"
+                        f"{self.args.image_size}: {reason}"
                     ) from error
         return model
 
@@ -121,12 +132,8 @@ class Images(Task):
             scale=processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0,
             mean=tuple(processor.image_mean) if normalise else (0.0, 0.0, 0.0),
             std=tuple(processor.image_std) if normalise else (1.0, 1.0, 1.0),
-            dtype=self.arguments.dtype,
+            dtype=self.run.dtype,
         )
-
-    def compute_metrics(self) -> Callable[[Any], dict[str, float]] | None:
-        """Accuracy, and the F1 score averaged over labels."""
-        return classification_metrics
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,23 @@
-"""What the tasks with one label a row share: distinct rows, stratified splits, metrics."""
+"""What the families with one label a row share: distinct rows, stratified splits, scores."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorapro.experiments.data import Row, load_rows, require_columns
+from lorapro.experiments.data import Row
 from lorapro.experiments.errors import UserError
+from lorapro.experiments.metrics import label_metrics
 from lorapro.experiments.tasks.base import shuffled, take
 
 if TYPE_CHECKING:
-    from lorapro.experiments.tasks.base import Task
+    from numpy import ndarray
+    from torch import Tensor
 
-__all__ = ["classification_metrics", "distinct_rows", "split_labelled", "stratified_split"]
+    from lorapro.experiments.tasks.base import Family
+
+__all__ = ["Labelled", "distinct_rows", "split_labelled", "stratified_split"]
 
 Splits = tuple[list[Row], list[Row], list[Row]]
 
@@ -26,21 +30,29 @@ def distinct_rows(rows: list[Row], key: Callable[[Row], Hashable], label: str) -
     return [same[0] for same in groups.values() if len({str(row[label]) for row in same}) == 1]
 
 
-def stratified_split(rows: list[Row], label: str, count: int) -> tuple[list[Row], list[Row]]:
-    """Cut about ``count`` rows off, each label in its proportion; return (rest, cut)."""
-    by_label: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_label[str(row[label])].append(row)
-    cut_ids: set[int] = set()
-    for same in by_label.values():
-        share = round(count * len(same) / len(rows))
-        cut_ids.update(id(row) for row in same[:share])
-    rest = [row for row in rows if id(row) not in cut_ids]
-    return rest, [row for row in rows if id(row) in cut_ids]
+def stratified_split(
+    rows: list[Row], label: str, count: int, seed: int = 0
+) -> tuple[list[Row], list[Row]]:
+    """Cut ``count`` rows off, each label in its proportion; return (rest, cut).
+
+    A label that occurs once stays in the rest.
+    """
+    from sklearn.model_selection import train_test_split
+
+    counts = Counter(str(row[label]) for row in rows)
+    once = [row for row in rows if counts[str(row[label])] == 1]
+    often = [row for row in rows if counts[str(row[label])] > 1]
+    labels = [str(row[label]) for row in often]
+    kinds = len(set(labels))
+    enough = count >= kinds and len(often) - count >= kinds  # what stratifying needs
+    rest, cut = train_test_split(
+        often, test_size=count, random_state=seed, stratify=labels if enough else None
+    )
+    return [*rest, *once], cut
 
 
 def split_labelled(
-    task: Task, column: str, label: str, hint: str, key: Callable[[Row], Hashable]
+    task: Family, label: str, hint: str, key: Callable[[Row], Hashable]
 ) -> tuple[Splits, list[str]]:
     """Read a task's data, check its columns, drop repeated training rows, split.
 
@@ -48,8 +60,7 @@ def split_labelled(
     split.
 
     Args:
-        task: whose ``data_name`` and arguments to use.
-        column: column of what is classified.
+        task: whose data and options to use.
         label: column of the label.
         hint: added when a column is missing: which keys name the columns.
         key: what two rows that count as the same have in common.
@@ -59,40 +70,49 @@ def split_labelled(
         numbers.
 
     Raises:
-        UserError: no such column, fewer than two labels, too few rows to cut from.
+        UserError: no such column, fewer than two labels, as many labels as rows, too few rows to
+            cut from, a label that no training row has.
     """
-    args, name = task.arguments, task.data_name
-    splits = load_rows(name, args.data_config)
-    for split, rows in splits.items():
-        if split in ("train", "validation", "test"):
-            where = name if len(splits) == 1 else f"{name} ({split})"
-            require_columns(rows, (column, label), where, hint)
-    if "train" not in splits:
-        raise UserError(f"{name} has no split 'train'; it has: {', '.join(splits)}")
-    train = shuffled(distinct_rows(splits["train"], key, label), args.split_seed)
+    run, name = task.run, task.data_name
+    splits = task.rows(hint)
+    train = shuffled(distinct_rows(splits["train"], key, label), run.split_seed)
+    _check_labels(Counter(str(row[label]) for row in train), label, name, hint)
     if "test" in splits:
-        count = 0 if task.whole_test else args.test_samples
-        test = take(shuffled(splits["test"], args.split_seed), count)
+        count = 0 if task.whole_test else run.test_samples
+        test = take(shuffled(splits["test"], run.split_seed), count)
     else:
-        train, test = _cut(name, train, label, args.test_samples or len(train) // 5, "test")
+        train, test = _cut(task, train, label, run.test_samples or len(train) // 5, "test")
     if "validation" in splits:
-        held_out = shuffled(splits["validation"], args.split_seed)
-        validation = take(held_out, args.validation_samples)
+        held_out = shuffled(splits["validation"], run.split_seed)
+        validation = take(held_out, run.validation_samples)
     else:
-        train, validation = _cut(name, train, label, args.validation_samples, "validation")
+        train, validation = _cut(task, train, label, run.validation_samples, "validation")
     labels = _sorted_labels({str(row[label]) for row in train})
-    if len(labels) < 2:
-        raise UserError(
-            f"column {label!r} of {name} holds one label only "
-            f"({', '.join(labels)}); classification needs two or more"
-        )
     for row in (*validation, *test):
         if str(row[label]) not in labels:
             raise UserError(
                 f"label {str(row[label])!r} of {name} occurs outside the training "
-                f"rows only; there the labels are: {', '.join(labels)}"
+                f"rows only; there the labels are: {_listed(labels)}"
             )
-    return (take(train, args.train_samples), validation, test), labels
+    return (take(train, run.train_samples), validation, test), labels
+
+
+def _check_labels(counts: Counter[str], label: str, name: str, hint: str) -> None:
+    if len(counts) < 2:
+        raise UserError(
+            f"column {label!r} of {name} holds one label only "
+            f"({', '.join(counts)}); classification needs two or more"
+        )
+    if max(counts.values()) == 1:
+        raise UserError(
+            f"column {label!r} of {name} holds another value in every one of its rows, so it is "
+            f"not a label{hint}"
+        )
+
+
+def _listed(labels: list[str], most: int = 12) -> str:
+    more = f", ... ({len(labels)} in all)" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more
 
 
 def _sorted_labels(labels: set[str]) -> list[str]:
@@ -101,32 +121,34 @@ def _sorted_labels(labels: set[str]) -> list[str]:
 
 
 def _cut(
-    source: str, rows: list[Row], label: str, count: int, name: str
+    task: Family, rows: list[Row], label: str, count: int, name: str
 ) -> tuple[list[Row], list[Row]]:
     if count >= len(rows):
         raise UserError(
             f"{name}_samples is {count}, but only {len(rows)} distinct rows of "
-            f"{source} are left to cut them from"
+            f"{task.data_name} are left to cut them from"
         )
-    return stratified_split(rows, label, count)
+    return stratified_split(rows, label, count, task.run.split_seed)
 
 
-def classification_metrics(prediction: Any) -> dict[str, float]:
-    """Accuracy, macro F1, and the standard error that the sample size gives the mean loss."""
-    import numpy as np
+class Labelled:
+    """Scores of families whose logits are (batch, labels) and whose batches carry ``labels``."""
 
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    guess, truth = np.argmax(logits, axis=-1), prediction.label_ids
-    scores = []
-    for label in np.unique(truth):
-        hits = float(np.sum((guess == label) & (truth == label)))
-        scores.append(2 * hits / float(np.sum(guess == label) + np.sum(truth == label)))
-    shifted = np.asarray(logits, dtype=np.float64)
-    shifted = shifted - shifted.max(-1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, truth[:, None], 1)[:, 0]
-    return {
-        "accuracy": float(np.mean(guess == truth)),
-        "macro_f1": float(np.mean(scores)),
-        "loss_standard_error": float(np.std(losses) / len(losses) ** 0.5),
-    }
+    def item_scores(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Cross-entropy and correctness of each example."""
+        import torch
+
+        logits, labels = outputs.logits.float(), batch["labels"]
+        prediction = logits.argmax(-1)
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return {
+            "loss": loss,
+            "weight": torch.ones_like(loss),
+            "prediction": prediction,
+            "label": labels,
+            "correct": (prediction == labels).float(),
+        }
+
+    def metrics(self, items: Mapping[str, ndarray]) -> dict[str, float]:
+        """Accuracy, F1 scores, Matthews correlation."""
+        return label_metrics(items["label"], items["prediction"])

@@ -1,26 +1,35 @@
-"""Text classification from any table with a text and a label column."""
+"""Text classification with an encoder: one text, or a pair of texts, and a label."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorapro.experiments.data import Row
-from lorapro.experiments.tasks.base import Examples, TextTask, load_pretrained
-from lorapro.experiments.tasks.labelled import (
-    classification_metrics,
-    distinct_rows,
-    split_labelled,
-    stratified_split,
-)
+from lorapro.experiments.options import option
+from lorapro.experiments.tasks.base import Examples, TextFamily, load_pretrained
+from lorapro.experiments.tasks.labelled import Labelled, distinct_rows, split_labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Classification", "Tweets", "deduplicate", "stratified_split"]
+__all__ = ["TextClassification", "TextClassificationOptions", "deduplicate"]
 
 _URL = re.compile(r"https?://\S+")
+
+
+@dataclass
+class TextClassificationOptions:
+    """Keys of text classification."""
+
+    text_column: str = option("text", "column of the text")
+    second_text_column: str | None = option(
+        None, "column of a second text, for pairs (premise and hypothesis)"
+    )
+    label_column: str = option("label", "column of the label")
+    max_length: int = option(128, "longest sequence, in tokens", least=2)
 
 
 def deduplicate(rows: list[Row], text: str, label: str) -> list[Row]:
@@ -36,39 +45,48 @@ def _normalised(text: Any) -> str:
     return " ".join(_URL.sub("", str(text)).casefold().split())
 
 
-class Classification(TextTask):
-    """Classify a text; loss is cross-entropy, metric is accuracy.
+class TextClassification(Labelled, TextFamily):
+    """Classify a text or a pair of texts; loss is cross-entropy, metric accuracy and its like.
 
     Validation and test rows are cut from the training rows, stratified, when the data has no such
     split. Labels are the sorted distinct values of the label column.
     """
 
-    default_model: ClassVar[str] = "minilm-l6"
-    default_data: ClassVar[str | None] = None
-    default_label: ClassVar[str] = "label"
-    peft_task_type: ClassVar[str] = "SEQ_CLS"
-    metric: ClassVar[str | None] = "accuracy"
+    options: ClassVar[type] = TextClassificationOptions
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+
+    def columns_used(self) -> tuple[str, ...]:
+        """Text, second text if there is one, and label."""
+        return (*self._texts, self.args.label_column)
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        second = self.args.second_text_column
+        return (self.args.text_column,) if second is None else (self.args.text_column, second)
 
     def split_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
         """Read, check, deduplicate, split."""
-        text = self.arguments.text_column
-        label = self.arguments.label_column or self.default_label
-        self.columns = (text, label)
-        hint = " (set text_column and label_column)"
         splits, self.labels = split_labelled(
-            self, text, label, hint, lambda row: _normalised(row[text])
+            self,
+            self.args.label_column,
+            " (set text_column and label_column)",
+            lambda row: tuple(_normalised(row[column]) for column in self._texts),
         )
         return splits
 
     def encode(self, rows: list[Row]) -> Examples:
         """Tokenize the texts, truncated to ``max_length``."""
-        text, label = self.columns
-        texts = [str(row[text]) for row in rows]
-        ids = self.tokenizer(texts, truncation=True, max_length=self.arguments.max_length)
+        if not rows:
+            return []
+        texts = [[str(row[column]) for row in rows] for column in self._texts]
+        ids = self.tokenizer(*texts, truncation=True, max_length=self.args.max_length)
         numbers = {name: number for number, name in enumerate(self.labels)}
         return [
-            {"input_ids": tokens, "attention_mask": mask, "labels": numbers[str(row[label])]}
-            for tokens, mask, row in zip(ids["input_ids"], ids["attention_mask"], rows, strict=True)
+            {
+                **{name: values[i] for name, values in ids.items()},
+                "labels": numbers[str(row[self.args.label_column])],
+            }
+            for i, row in enumerate(rows)
         ]
 
     def load_model(self) -> PreTrainedModel:
@@ -82,7 +100,7 @@ class Classification(TextTask):
             num_labels=len(self.labels),
             id2label=dict(enumerate(self.labels)),
             label2id={name: number for number, name in enumerate(self.labels)},
-            dtype=self.arguments.dtype,
+            dtype=self.run.dtype,
         )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -93,14 +111,3 @@ class Classification(TextTask):
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(self.tokenizer)
-
-    def compute_metrics(self) -> Callable[[Any], dict[str, float]] | None:
-        """Accuracy, and the F1 score averaged over labels."""
-        return classification_metrics
-
-
-class Tweets(Classification):
-    """Sentiment of tweets (negative, neutral, positive): the asset ``tweets``."""
-
-    default_data: ClassVar[str | None] = "tweets"
-    default_label: ClassVar[str] = "sentiment"

@@ -1,20 +1,16 @@
-"""Full fine-tuning with Muon: ``torch.optim.Muon`` on hidden matrices, AdamW on the rest."""
+"""Muon where no low-rank structure is used: ``torch.optim.Muon`` on matrices, AdamW on the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Muon
+from torch.optim.adamw import adamw
 
-from lorapro.optim.adam_rule import AdamRule
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-__all__ = ["FullMuon", "full_muon_optimizer", "hidden_matrices"]
+__all__ = ["MuonAndAdamW", "hidden_matrices", "muon_factory"]
 
 # Names under which transformers keep the layer that makes the output.
 HEADS = ("classifier", "score", "lm_head", "qa_outputs", "classification_head")
@@ -23,7 +19,8 @@ HEADS = ("classifier", "score", "lm_head", "qa_outputs", "classification_head")
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
     """Weights of the linear layers between input and head: what Muon is made for.
 
-    Embeddings, heads, biases and norms are left out, and so is a head tied to the embedding.
+    In a model with LoRA adapters these are A and B, each a matrix of its own. Embeddings, heads,
+    biases and norms are left out, and so is a head tied to the embedding.
 
     >>> net = nn.ModuleDict({"body": nn.Linear(3, 2), "classifier": nn.Linear(2, 2)})
     >>> [tuple(p.shape) for p in hidden_matrices(net)]
@@ -40,7 +37,7 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
     ]
 
 
-class FullMuon(AdamRule, Muon):
+class MuonAndAdamW(Muon):
     """One optimizer for Trainer: Muon for ``matrices``, AdamW for ``others``.
 
     Muon's steps are scaled by ``0.2·√max(m, n)``, as :class:`lorapro.LoraProMuon` scales its own,
@@ -55,7 +52,7 @@ class FullMuon(AdamRule, Muon):
         eps: AdamW's.
 
     >>> W, b = nn.Parameter(torch.eye(2)), nn.Parameter(torch.zeros(2))
-    >>> optimizer = FullMuon([W], [b], lr=0.1)
+    >>> optimizer = MuonAndAdamW([W], [b], lr=0.1)
     >>> (W.sum() + b.sum()).backward()
     >>> _ = optimizer.step()
     >>> b.detach()
@@ -71,7 +68,6 @@ class FullMuon(AdamRule, Muon):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        self.check_adam(betas, eps)
         super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         others = list(others)
         if others:
@@ -88,29 +84,45 @@ class FullMuon(AdamRule, Muon):
             self.param_groups = every
         for group in every:
             if "betas" in group:
-                params = [p for p in group["params"] if p.grad is not None]
-                grads = [p.grad for p in params]
-                self.adamw_update(params, grads, {**group, "eps": group["adam_eps"]})
+                self._adamw(group)
         return loss
 
+    def _adamw(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["adam_eps"],
+            maximize=False,
+        )
 
-class _Factory:
-    """What Trainer calls as ``factory()(model, **kwargs)``."""
 
-    def __call__(self, model: nn.Module, **kwargs: Any) -> FullMuon:
+def muon_factory() -> Callable[..., MuonAndAdamW]:
+    """What Trainer calls to get a function from model and arguments to the optimizer."""
+
+    def build(model: nn.Module, **kwargs: Any) -> MuonAndAdamW:
         matrices = hidden_matrices(model)
         if not matrices:
             raise ValueError("the model has no hidden linear layer for Muon to train.")
         known = {id(p) for p in matrices}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-        return FullMuon(matrices, others, **kwargs)
+        return MuonAndAdamW(matrices, others, **kwargs)
 
-
-def full_muon_optimizer(training: TrainingArguments) -> Any:
-    """Trainer's ``optimizer_cls_and_kwargs`` for full fine-tuning with Muon."""
-    return _Factory, {
-        "lr": training.learning_rate,
-        "weight_decay": training.weight_decay,
-        "betas": (training.adam_beta1, training.adam_beta2),
-        "eps": training.adam_epsilon,
-    }
+    return build

@@ -1,0 +1,95 @@
+"""The tasks: each one entry. Families of tasks are classes in modules of their own."""
+
+from __future__ import annotations
+
+from lorapro.experiments.errors import check_name
+from lorapro.experiments.options import RunOptions
+from lorapro.experiments.tasks.base import Family, TaskEntry
+from lorapro.experiments.tasks.causal import Causal
+from lorapro.experiments.tasks.gsm8k import gsm8k_row
+from lorapro.experiments.tasks.images import Images
+from lorapro.experiments.tasks.seq2seq import Seq2Seq
+from lorapro.experiments.tasks.text_classification import TextClassification
+
+__all__ = ["FAMILIES", "TASKS", "find_task", "make_family", "option_classes"]
+
+FAMILIES: dict[str, type[Family]] = {
+    "text_classification": TextClassification,
+    "seq2seq": Seq2Seq,
+    "causal": Causal,
+    "images": Images,
+}
+
+_ENTRIES = (
+    # Encoders and a label.
+    TaskEntry(
+        "tweets",
+        "text_classification",
+        "sentiment of tweets: negative, neutral, positive",
+        model="minilm-l6",
+        data="tweets",
+        values={"label_column": "sentiment"},
+        metric="accuracy",
+        toy=("bert", "tweets"),
+    ),
+    TaskEntry(
+        "classification",
+        "text_classification",
+        "any table with a column of texts and one of labels",
+        model="minilm-l6",
+        metric="accuracy",
+        toy=("bert", "labelled_texts"),
+    ),
+    # Causal language models.
+    TaskEntry(
+        "gsm8k",
+        "causal",
+        "grade-school word problems, answered step by step",
+        model="smollm2-135m-instruct",
+        data="openai/gsm8k",
+        data_config="main",
+        values={"prompt": "{question}", "answer": "{answer}"},
+        metric="exact_match",
+        row=gsm8k_row,
+        toy=("llama", "gsm8k"),
+    ),
+    TaskEntry(
+        "text",
+        "causal",
+        "plain text in rows of max_length tokens",
+        model="smollm2-135m-instruct",
+        values={"format": "text"},
+        toy=("llama", "texts"),
+    ),
+    # Images and a label.
+    TaskEntry(
+        "images",
+        "images",
+        "images and labels: IDX files as MNIST's, or a hub data set",
+        model="vit-s14-focus",
+        data="zalando-datasets/fashion_mnist",
+        metric="accuracy",
+        toy=("dinov2", "idx_images"),
+    ),
+)
+
+TASKS: dict[str, TaskEntry] = {entry.name: entry for entry in _ENTRIES}
+
+
+def find_task(name: str) -> TaskEntry:
+    """Return the entry of that name.
+
+    Raises:
+        UserError: no such task, with the nearest.
+    """
+    return TASKS[check_name("task", name, TASKS)]
+
+
+def make_family(entry: TaskEntry, run: RunOptions, options: object) -> Family:
+    """Return the family's instance for a configuration, nothing read yet."""
+    return FAMILIES[entry.family](entry, run, options)
+
+
+def option_classes() -> list[type]:
+    """Options dataclasses of all families."""
+    return [family.options for family in FAMILIES.values()]

@@ -1,0 +1,114 @@
+"""Writers of small files in the schema of real data sets; all text is made up here, seeded."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DATA", "write_jsonl"]
+
+Writer = Callable[[Path], tuple[Path, list[str]]]
+"""An empty folder -> (what ``data`` is set to: a file or the folder, texts for the tokenizer)."""
+
+WORDS = {
+    "negative": "bad poor sad dull broken late grey lost",
+    "neutral": "street table water number window paper stone road",
+    "positive": "good fine glad bright kind early green found",
+}
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Distinct sentences whose label can be learned from their words."""
+    rng = random.Random(seed)
+    labels = sorted(WORDS)
+    made = []
+    for number in range(count):
+        label = labels[number % len(labels)]
+        words = rng.choices(WORDS[label].split(), k=4) + rng.choices(WORDS["neutral"].split(), k=2)
+        made.append((f"the {' '.join(words)} {number}", label))
+    return made
+
+
+def _csv(path: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def tweets(folder: Path) -> tuple[Path, list[str]]:
+    """One CSV with the columns of the asset ``tweets``."""
+    rows = sentences(160)
+    _csv(folder / "tweets.csv", ["sentiment", "text"], ((label, text) for text, label in rows))
+    return folder / "tweets.csv", [text for text, _ in rows]
+
+
+def labelled_texts(folder: Path) -> tuple[Path, list[str]]:
+    """One CSV of ``text`` and ``label``."""
+    rows = sentences(160)
+    _csv(folder / "table.csv", ["text", "label"], rows)
+    return folder / "table.csv", [text for text, _ in rows]
+
+
+def texts(folder: Path) -> tuple[Path, list[str]]:
+    """JSON lines of ``text``, several sentences each."""
+    rows = [text for text, _ in sentences(960)]
+    documents = [". ".join(rows[i : i + 8]) for i in range(0, len(rows), 8)]
+    write_jsonl(folder / "train.jsonl", ({"text": text} for text in documents))
+    return folder, documents
+
+
+def gsm8k(folder: Path) -> tuple[Path, list[str]]:
+    """``train.jsonl`` and ``test.jsonl`` with question, and answer ending in ``#### number``."""
+    rng = random.Random(0)
+    seen = []
+    for name, count in (("train", 96), ("test", 24)):
+        rows = []
+        for _ in range(count):
+            a, b = rng.randint(2, 20), rng.randint(2, 20)
+            rows.append(
+                {
+                    "question": f"Ann has {a} cups and finds {b}. How many cups?",
+                    "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b} cups.\n#### {a + b}",
+                }
+            )
+        write_jsonl(folder / f"{name}.jsonl", rows)
+        seen += [row["question"] + row["answer"] for row in rows]
+    return folder, seen
+
+
+def idx_images(folder: Path) -> tuple[Path, list[str]]:
+    """Grey 28 x 28 images of three kinds in IDX files, as MNIST's."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    bright = (np.s_[::4, :], np.s_[:, ::4], np.s_[::2, ::2])
+    for name, count in (("train", 120), ("t10k", 30)):
+        labels = (np.arange(count) % 3).astype(np.uint8)
+        images = rng.integers(0, 100, (count, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[bright[label]] += 150
+        for array, kind in ((images, "images-idx3-ubyte"), (labels, "labels-idx1-ubyte")):
+            sizes = b"".join(int(size).to_bytes(4, "big") for size in array.shape)
+            header = bytes([0, 0, 8, array.ndim]) + sizes
+            (folder / f"{name}-{kind}").write_bytes(header + array.tobytes())
+    return folder, []
+
+
+DATA: dict[str, Writer] = {
+    "tweets": tweets,
+    "labelled_texts": labelled_texts,
+    "texts": texts,
+    "gsm8k": gsm8k,
+    "idx_images": idx_images,
+}

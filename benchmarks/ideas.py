@@ -29,7 +29,8 @@ from torch import Tensor
 
 import lorapro
 from lorapro.cli.main import main as run
-from lorapro.experiments.methods import METHODS, RANK_STABILIZED, Method
+from lorapro.experiments.methods import ADAPTERS, METHODS, STARTS, Method
+from lorapro.experiments.methods.optimizers import LoraProOptions, OptimizerPart
 from lorapro.optim.adam_rule import AdamRule
 from lorapro.optim.base import PAIRS, PairOptimizer
 from lorapro.optim.polar import polar_factor
@@ -154,15 +155,16 @@ class Factory:
 def method(idea: str) -> Method:
     """A method of `lorapro compare`."""
 
-    def optimizer(training: Any, experiment: Any) -> Any:
+    def optimizer(training: Any, options: LoraProOptions) -> Any:
         return Factory, {
             "idea": idea,
             "lr": training.learning_rate,
-            "x": experiment.x,
+            "x": options.x or "sylvester",
             "weight_decay": 0.0,
         }
 
-    return Method(f"idea-{idea}", idea, 1e-3, adapter=RANK_STABILIZED, optimizer=optimizer)
+    part = OptimizerPart(f"idea-{idea}", idea, 1e-3, optimizer, LoraProOptions)
+    return Method(part.name, ADAPTERS["rslora"], STARTS["zero"], part, part.learning_rate)
 
 
 def main() -> None:

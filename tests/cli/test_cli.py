@@ -105,7 +105,7 @@ def test_train_evaluate_inspect(classify, tmp_path, capsys):
 
     assert main(["evaluate", folder]) == 0
     metrics = json.loads(capsys.readouterr().out)
-    assert metrics["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
+    assert metrics["loss"] == pytest.approx(result["metrics"]["test"]["loss"], abs=1e-6)
     assert main(["evaluate", path, "--adapter", f"{folder}/adapter"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["loss"] == pytest.approx(metrics["loss"], abs=1e-6)

@@ -8,12 +8,13 @@ import pytest
 from rich.console import Console
 
 from experiments.tiny_models import write_yaml
-from lorapro.experiments.compare import compare, pick_rate, summarize_runs
-from lorapro.experiments.compare_config import Entry, load_comparison
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.figure import read_curve, smooth, spread_labels
 from lorapro.experiments.on_the_way import way_cells
-from lorapro.experiments.report import notes, table_cells
+from lorapro.experiments.plan import load_comparison
+from lorapro.experiments.report import notes, table_cells, write
+from lorapro.experiments.summary import groups, summarize_runs
+from lorapro.experiments.sweep import compare, pick_rate
 
 
 @pytest.fixture
@@ -32,12 +33,16 @@ def run_comparison(tmp_path, values, *flags):
     path = write_yaml(tmp_path / "c.yaml", values)
     comparison = load_comparison(path, ["--output_dir", str(tmp_path / "out"), *flags])
     out = io.StringIO()
-    return compare(comparison, Console(file=out, width=200)), out.getvalue()
+    results = compare(comparison, Console(file=out, width=200))
+    ((task, point, cells),) = groups(comparison)
+    summary = summarize_runs(comparison, results, task, point, cells)
+    write(comparison.folder, summary, comparison.folder)
+    return summary, out.getvalue()
 
 
 def runs(folder):
     return {
-        p.parent.relative_to(folder / "runs").as_posix(): p.stat().st_mtime_ns
+        p.parent.relative_to(folder / "runs" / "classification").as_posix(): p.stat().st_mtime_ns
         for p in folder.rglob("result.json")
     }
 
@@ -63,7 +68,8 @@ def test_rates_are_tuned_on_the_first_seed_and_nothing_is_done_twice(values, tmp
     assert said.count("finished earlier") == 9
     assert again["methods"] == summary["methods"]
 
-    (folder / "runs/lora/lr-0.003/seed-1/result.json").unlink()  # as if interrupted there
+    interrupted = folder / "runs/classification/lora/lr-0.003/seed-1"
+    (interrupted / "result.json").unlink()
     repaired, said = run_comparison(tmp_path, values)
     assert said.count("finished earlier") == 8
     assert {k for k, v in runs(folder).items() if first[k] != v} == {"lora/lr-0.003/seed-1"}
@@ -91,7 +97,7 @@ def test_rates_are_tuned_on_the_first_seed_and_nothing_is_done_twice(values, tmp
         first, last = row["on_the_way"]
         assert (first["step"], last["step"]) == (1, 2)
         final = [
-            json.loads((folder / f / "result.json").read_text())["validation"]["loss"]
+            json.loads((folder / f / "result.json").read_text())["metrics"]["validation"]["loss"]
             for f in row["folders"]
         ]
         assert last["losses"] == pytest.approx(final, abs=1e-4)
@@ -132,16 +138,22 @@ def test_runs_with_other_keys_are_not_mixed_in(values, tmp_path):
     assert runs(tmp_path / "out") == before
 
 
-def result(validation, test, accuracy=0.5):
+def result(validation, test, seed=0, accuracy=0.5):
     return {
-        "validation": {"loss": validation},
-        "test": {"loss": test, "accuracy": accuracy},
-        "diverged": validation != validation,
-        "trainable_parameters": 10,
-        "optimizer_state_bytes": 80,
-        "seconds_per_step": 0.1,
-        "peak_memory_bytes": 1,
+        "status": "diverged" if validation != validation else "finished",
+        "metrics": {
+            "validation": {"loss": validation},
+            "test": {"loss": test, "accuracy": accuracy},
+        },
+        "cost": {
+            "trainable_parameters": 10,
+            "optimizer_state_bytes": 80,
+            "seconds_per_step": 0.1,
+            "peak_memory_bytes": 1,
+        },
         "saved": {},
+        "seed": seed,
+        "steps": 1,
     }
 
 
@@ -149,11 +161,12 @@ def summarize(tmp_path, methods, numbers, seeds=(0, 1, 2, 3)):
     path = write_yaml(tmp_path / "c.yaml", {"methods": methods, "seeds": list(seeds)})
     comparison = load_comparison(path)
     results = {
-        (label, rate, seed): result(*pair)
+        (f"runs/c/runs/tweets/{label}", rate, seed): result(*pair, seed)
         for (label, rate), pairs in numbers.items()
         for seed, pair in zip(seeds, pairs, strict=False)
     }
-    return summarize_runs(comparison, results, "accuracy")
+    ((task, point, cells),) = groups(comparison)
+    return summarize_runs(comparison, results, task, point, cells)
 
 
 METHODS = {"full": 1e-4, "lora": 1e-3, "lora-pro": 1e-3}
@@ -212,19 +225,22 @@ def test_a_best_rate_at_the_edge_and_divergence_are_warned_of(tmp_path):
     summary = summarize(tmp_path, methods, numbers, seeds=(0,))
     rates = {row["label"]: row["learning_rate"] for row in summary["methods"]}
     assert rates == {"lora": 1e-3, "full": 1e-3}  # a diverged run is never the best
-    assert len(summary["warnings"]) == 1
-    assert "full" in summary["warnings"][0]
-    assert "highest" in summary["warnings"][0]
+    edge, lost = sorted(summary["warnings"])
+    assert "full" in edge
+    assert "highest" in edge
+    assert lost == "lora: 1 runs diverged or failed (rates 0.01)"
 
 
-def test_tuning_looks_at_the_first_seed_and_a_grid_at_all():
-    entry = Entry("lora", (1e-4, 1e-2), {"method": "lora"})
+def test_tuning_looks_at_the_first_seed_and_a_grid_at_all(tmp_path):
+    path = write_yaml(tmp_path / "c.yaml", {"methods": {"lora": [1e-4, 1e-2]}})
+    (cell,) = load_comparison(path).cells
+    name = str(cell.folder)
     losses = {(1e-4, 0): 0.9, (1e-4, 1): 0.5, (1e-2, 0): 0.8, (1e-2, 1): 0.9}
-    results = {("lora", rate, seed): result(v, 1) for (rate, seed), v in losses.items()}
-    assert pick_rate(entry, results, (0,)) == 1e-2
-    assert pick_rate(entry, results, (0, 1)) == 1e-4
-    results["lora", 1e-2, 0] = result(float("nan"), 1)
-    assert pick_rate(entry, results, (0,)) == 1e-4
+    results = {(name, rate, seed): result(v, 1) for (rate, seed), v in losses.items()}
+    assert pick_rate(cell, results, (0,)) == 1e-2
+    assert pick_rate(cell, results, (0, 1)) == 1e-4
+    results[name, 1e-2, 0] = result(float("nan"), 1)
+    assert pick_rate(cell, results, (0,)) == 1e-4
 
 
 def test_labels_keep_their_order_and_distance():
@@ -244,10 +260,14 @@ def test_smoothing_keeps_lines_and_tames_noise():
 
 
 def test_a_curve_is_read_without_gaps_and_infinities(tmp_path):
-    path = tmp_path / "curve.csv"
-    path.write_text("step,train_loss,eval_loss\n1,2.0,\n2,nan,1.5\n3,1.0,inf\n")
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "train_loss": 2.0}\n'
+        '{"step": 2, "train_loss": null, "validation_loss": 1.5}\n'
+        '{"step": 3, "train_loss": 1.0, "validation_loss": null}\n'
+    )
     assert read_curve(path, "train_loss") == ([1.0, 3.0], [2.0, 1.0])
-    assert read_curve(path, "eval_loss") == ([2.0], [1.5])
+    assert read_curve(path, "validation_loss") == ([2.0], [1.5])
 
 
 def test_a_diverged_method_leaves_the_others_their_losses_on_the_way():

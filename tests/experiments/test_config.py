@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from experiments.tiny_models import write_yaml
-from lorapro.experiments.compare_config import load_comparison
 from lorapro.experiments.config import build_config, load_config
 from lorapro.experiments.errors import UserError
+from lorapro.experiments.plan import load_comparison
 
 
 def test_yaml_and_flags_are_typed_and_flags_win(tmp_path):
@@ -19,7 +19,7 @@ def test_yaml_and_flags_are_typed_and_flags_win(tmp_path):
     assert config.training.max_steps == 9
     assert config.training.weight_decay == 0.1
     assert config.training.bf16 is False
-    assert config.experiment.target_modules == ["query", "value"]
+    assert config.adapter.target_modules == ["query", "value"]
 
 
 def test_each_method_has_its_own_default_learning_rate():
@@ -41,14 +41,14 @@ def test_each_method_has_its_own_default_learning_rate():
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"rank": 0}, "rank must be at least 1"),
         ({"rank": "eight"}, "rank.*eight"),
-        ({"alpha": 0}, "alpha must be positive"),
-        ({"lora_dropout": 1.0}, "lora_dropout must lie in"),
-        ({"train_samples": -1}, "train_samples must not be negative"),
+        ({"alpha": 0}, "alpha must be above 0, found 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be below 1"),
+        ({"train_samples": -1}, "train_samples must be at least 0, found -1"),
         ({"validation_samples": 0}, "validation_samples must be at least 1"),
         ({"dtype": "float8"}, "dtype"),
         ({"lr_scheduler_type": "linaer"}, "linaer"),
         ({"methods": {"lora": None}}, "'lorapro compare'"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, "seed must be at least 0, found -1"),
     ],
 )
 def test_values_that_cannot_be_meant(values, message):
@@ -108,12 +108,12 @@ COMPARISON = {"methods": {"full": 1e-4, "lora": [1e-3, 3e-4], "lora-pro": None},
 def test_a_comparison_lists_rates_seeds_and_folders(tmp_path):
     path = write_yaml(tmp_path / "c.yaml", COMPARISON)
     comparison = load_comparison(path, ["--output_dir", "out"])
-    rates = {entry.label: entry.learning_rates for entry in comparison.entries}
+    rates = {cell.label: cell.learning_rates for cell in comparison.cells}
     assert rates["lora"] == (3e-4, 1e-3)
     assert len(rates["lora-pro"]) == 1
     assert comparison.most_runs() == 4 + 3
-    config = comparison.config(comparison.entries[1], 1e-3, 1)
-    assert config.folder.as_posix() == "out/runs/lora/lr-0.001/seed-1"
+    config = comparison.cells[1].config(1e-3, 1)
+    assert config.folder.as_posix() == "out/runs/tweets/lora/lr-0.001/seed-1"
     assert (config.training.seed, config.training.learning_rate) == (1, 1e-3)
 
 
@@ -132,18 +132,18 @@ def test_flags_choose_methods_seeds_and_strategy(tmp_path):
         "4",
     ]
     comparison = load_comparison(path, flags)
-    assert [entry.label for entry in comparison.entries] == ["lora", "rslora"]
+    assert [cell.label for cell in comparison.cells] == ["lora", "rslora"]
     assert comparison.seeds == (3, 4, 5)
     assert comparison.most_runs() == (2 + 1) * 3
-    assert comparison.base.experiment.rank == 4
+    assert comparison.cells[0].config(1e-3, 0).adapter.rank == 4
 
 
 def test_an_entry_may_name_its_method_and_change_other_keys(tmp_path):
     methods = {"zero": {"method": "lora-pro", "x": "zero", "learning_rate": [1e-3]}}
     path = write_yaml(tmp_path / "c.yaml", {"methods": methods})
     comparison = load_comparison(path)
-    config = comparison.config(comparison.entries[0], 1e-3, 0)
-    assert (config.experiment.method, config.experiment.x) == ("lora-pro", "zero")
+    config = comparison.cells[0].config(1e-3, 0)
+    assert (config.method.name, config.optimizer.x) == ("lora-pro", "zero")
 
 
 @pytest.mark.parametrize(

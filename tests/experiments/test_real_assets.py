@@ -13,10 +13,10 @@ from lorapro.experiments.assets import fetch
 from lorapro.experiments.config import build_config
 from lorapro.experiments.data import load_rows
 from lorapro.experiments.errors import UserError
-from lorapro.experiments.evaluation import generate, left_pad
+from lorapro.experiments.generation import generate, left_pad
 from lorapro.experiments.runner import make_task
 from lorapro.experiments.tasks import load_tokenizer
-from lorapro.experiments.tasks.gsm8k import prompt_ids
+from lorapro.experiments.tasks.causal import prompt_ids
 
 
 def fetched(name):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lorapro.experiments.compare_config import load_comparison
 from lorapro.experiments.config import load_config
+from lorapro.experiments.plan import load_comparison
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ROOT / "recipes", ROOT / "results"

@@ -9,8 +9,10 @@ from experiments.tiny_models import sentences
 from lorapro.experiments.config import build_config
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.runner import make_task
-from lorapro.experiments.tasks.classification import deduplicate, stratified_split
-from lorapro.experiments.tasks.gsm8k import IGNORED, strip_annotations
+from lorapro.experiments.tasks.causal import IGNORED
+from lorapro.experiments.tasks.gsm8k import strip_annotations
+from lorapro.experiments.tasks.labelled import stratified_split
+from lorapro.experiments.tasks.text_classification import deduplicate
 
 
 def test_one_row_a_text_and_none_with_two_labels():

@@ -20,7 +20,8 @@ COMMANDS = {
 }
 
 # Packages of the extra 'experiments': the core works without them.
-OPTIONAL = {"accelerate", "datasets", "gguf", "matplotlib", "peft", "rich", "safetensors"} | {
+OPTIONAL = {"accelerate", "datasets", "gguf", "matplotlib", "pandas", "peft", "rich", "sklearn"} | {
+    "safetensors",
     "tokenizers",
     "transformers",
     "yaml",

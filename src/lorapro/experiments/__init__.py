@@ -3,19 +3,25 @@
 The core (:mod:`lorapro.functional`, :mod:`lorapro.optim`, ...) never imports this package.
 Importing it loads neither transformers nor peft: modules import them where they are used.
 
-=============== ==========================================================================
-module          subject
-=============== ==========================================================================
-``config``      one flat YAML plus ``--flag value`` overrides -> a checked :class:`Config`
-``methods``     what a method is: adapter, initialisation, optimizer, usual learning rate
-``tasks``       data, model class, collator and metric of a task
-``assets``      models and data that lie inside PyPI packages
-``runner``      one run: train, evaluate, save
-``compare``     methods x learning rates x seeds, resumable
-``statistics``  mean, deviation, intervals, share of a gap closed
-``report``      the table and the loss-curve figure
-``evaluation``  exact match by batched greedy generation
-=============== ==========================================================================
+================== ==========================================================================
+module             subject
+================== ==========================================================================
+``options``        what a run can be told: how keys are declared, and the keys of every run
+``config``         one flat YAML plus ``--flag value`` -> a checked ``RunConfig``, its fingerprint
+``methods``        how to train: adapter x start x optimizer, three catalogues
+``tasks``          what to train on: one entry a task, one class a family of tasks
+``toys``           tiny random models and written data: any recipe offline, in a minute
+``metrics``        scores of predictions, scikit-learn's
+``data``           rows of a file, a folder, an asset or a hub data set
+``assets``         models and data that lie inside packages
+``model_building`` from a task and a method to the model that is trained
+``evaluation``     Trainer with one way to evaluate: every example scored
+``runner``         one run: train, evaluate, save
+``folders``        what lies in a run's folder; the format of ``result.json``
+``plan``           a recipe -> cells of runs (tasks x methods x grid)
+``sweep``          execution of a plan: rates picked on validation data, resumable
+``restore``        models from what was saved
+================== ==========================================================================
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Hugging Face examples know it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -92,7 +93,8 @@ class RunConfig:
         method: adapter x start x optimizer.
         adapter, start, optimizer: their options.
         training: Trainer's arguments.
-        given: the keys that were given, with their types.
+        given: the keys that were given, with their types, but those in ``unread``.
+        unread: keys that were given and that this method does not read.
     """
 
     run: RunOptions
@@ -104,6 +106,7 @@ class RunConfig:
     optimizer: Any
     training: TrainingArguments
     given: dict[str, Any]
+    unread: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -250,19 +253,9 @@ def parse_values(values: Mapping[str, Any], flags: Sequence[str] = ()) -> dict[s
     given = {**vars(from_file), **vars(from_flags)}
     for key, value in given.items():
         if isinstance(value, str) and value.startswith("{"):
-            given[key] = _mapping(key, value)
+            with contextlib.suppress(json.JSONDecodeError):  # a template is no mapping
+                given[key] = json.loads(value)
     return given
-
-
-def _mapping(key: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text if key not in ("optimizer_options",) else _not_a_mapping(key, text)
-
-
-def _not_a_mapping(key: str, text: str) -> NoReturn:
-    raise UserError(f"{key} must be a mapping such as '{{\"name\": 1}}', found {text!r}")
 
 
 def relevant(values: Mapping[str, Any]) -> set[str]:
@@ -288,7 +281,7 @@ def owners(key: str) -> str:
     if families:
         names = [entry.name for entry in tasks.TASKS.values() if entry.family in families]
         return f"tasks {', '.join(names)}"
-    parts = {**methods.ADAPTERS, **methods.STARTS, **methods.OPTIMIZERS}
+    parts: dict[str, Any] = {**methods.ADAPTERS, **methods.STARTS, **methods.OPTIMIZERS}
     found = [
         repr(name)
         for name, part in parts.items()
@@ -327,9 +320,7 @@ def _check_training(given: Mapping[str, Any], rate: float) -> None:
             raise UserError(f"{key} must be finite and not negative, found {given[key]:g}")
     steps = given.get("max_steps", -1)
     if steps != -1 and steps < 1:
-        raise UserError(
-            f"max_steps must be at least 1 (or -1 for num_train_epochs), found {steps}"
-        )
+        raise UserError(f"max_steps must be at least 1 (or -1 for num_train_epochs), found {steps}")
     if steps == -1 and not 0 < given.get("num_train_epochs", 1) < math.inf:
         raise UserError(
             f"num_train_epochs must be positive and finite, found {given['num_train_epochs']:g}"
@@ -372,11 +363,12 @@ def from_values(given: Mapping[str, Any]) -> RunConfig:
     import torch
     from transformers import TrainingArguments
 
-    given = dict(given)
     used, ours, theirs = relevant(given), our_keys(), _training_defaults()
-    for key in given:
-        if key in ours and key not in used:
-            raise UserError(f"{key!r} is not read by this run; it belongs to {owners(key)}")
+    foreign = [key for key in given if key in ours and key not in used]
+    for key in foreign:
+        if owners(key).startswith("tasks"):
+            raise UserError(f"{key!r} is not read by this task; it belongs to {owners(key)}")
+    given = {key: value for key, value in given.items() if key not in foreign}
     entry = tasks.find_task(str(given.get("task", RunOptions.task)))
     method = methods.find_method(str(given.get("method", RunOptions.method)))
     family = tasks.FAMILIES[entry.family]
@@ -395,7 +387,8 @@ def from_values(given: Mapping[str, Any]) -> RunConfig:
         training = TrainingArguments(**arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    return RunConfig(run, entry, task, method, adapter, start, optimizer, training, given)
+    parts = (adapter, start, optimizer)
+    return RunConfig(run, entry, task, method, *parts, training, given, tuple(foreign))
 
 
 def load_config(path: str | Path | None, flags: Sequence[str] = ()) -> RunConfig:

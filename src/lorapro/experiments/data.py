@@ -20,6 +20,8 @@ SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
 
 
 def _read_file(path: Path, encoding: str) -> list[Row]:
+    import json
+
     import pandas
 
     if path.suffix not in SUFFIXES:
@@ -38,9 +40,12 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
         elif path.suffix == ".parquet":
             table = pandas.read_parquet(path)
         else:
-            table = pandas.read_json(
-                path, lines=path.suffix == ".jsonl", dtype=False, convert_dates=False
-            )
+            text = path.read_text(encoding=encoding)
+            lines = text.splitlines() if path.suffix == ".jsonl" else []
+            records = [json.loads(line) for line in lines if line.strip()] or json.loads(text)
+            if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+                raise ValueError("found no list of records")
+            return _not_empty(records, path)
     except pandas.errors.EmptyDataError:
         raise UserError(f"{path} holds no rows") from None
     except (ValueError, OSError, pandas.errors.ParserError) as error:
@@ -49,9 +54,12 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
             f"cannot read {path}: {reason}; expected a table, or a list of records with named "
             "columns"
         ) from error
-    if not len(table):
+    return _not_empty(table.to_dict("records"), path)
+
+
+def _not_empty(rows: list[Any], path: Path) -> list[Row]:
+    if not rows:
         raise UserError(f"{path} holds no rows")
-    rows: list[Row] = table.to_dict("records")
     return rows
 
 
@@ -60,9 +68,7 @@ def _read_folder(folder: Path) -> dict[str, list[Row]]:
     found = {name: files[name] for name in SPLIT_NAMES if name in files}
     if "train" not in found:
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise UserError(
-            f"{folder} has no train file ({', '.join(SUFFIXES)}); it holds: {names}"
-        )
+        raise UserError(f"{folder} has no train file ({', '.join(SUFFIXES)}); it holds: {names}")
     splits = {name: _read_file(path, "utf-8") for name, path in found.items()}
     for alias in ("valid", "dev"):
         if alias in splits:

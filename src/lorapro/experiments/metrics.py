@@ -12,7 +12,7 @@ __all__ = ["label_metrics"]
 
 
 def label_metrics(labels: Any, predictions: Any) -> dict[str, float]:
-    """Accuracy, F1 averaged over labels, Matthews correlation; binary F1 of label 1 if there are two.
+    """Accuracy, macro F1, Matthews correlation, and the F1 of label 1 where there are two.
 
     Args:
         labels: true class numbers, (examples,).

@@ -59,10 +59,10 @@ def add_adapter(model: Any, config: RunConfig, family: Family) -> Any:
         "task_type": family.peft_task_type,
         **config.method.start.peft(config.start),
     }
-    check_rank(model, config)
     try:
         made = get_peft_model(model, adapter.config(options, more, total_steps(config, family)))
     except ValueError as error:
+        check_rank(model, config)
         reason = " ".join(str(error).split())
         raise UserError(f"cannot add the adapter: {_shortened(reason)}") from error
     check_ranks(made)

@@ -102,6 +102,7 @@ class Comparison:
     paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     toy: bool = False
+    unread: tuple[str, ...] = ()
 
     def most_runs(self) -> int:
         """Return how many runs there are in all."""
@@ -154,10 +155,11 @@ def load_comparison(
     """
     values = read_yaml(path)
     own = {key: values.pop(key) for key in COMPARE_ONLY if key in values}
+    ours, rest = _take_flags(flags)
+    rows = _rows(path, own.get("methods"), ours.get("methods"))
     for key in ("method", "learning_rate", "seed"):
         if key in values:
             raise UserError(f"{key!r} belongs under 'methods' and 'seeds' in a comparison")
-    ours, rest = _take_flags(flags)
     toy = _boolean("toy", ours.get("toy", ["false"]))
     values.setdefault("disable_tqdm", True)
     values.setdefault("save_full_model", False)
@@ -168,7 +170,6 @@ def load_comparison(
     given = base.pop("output_dir", None)
     where = Path(folder or given or f"runs/{Path(path).stem}{'-toy' * toy}")
 
-    rows = _rows(path, own.get("methods"), ours.get("methods"))
     columns = _columns(own.get("tasks"), ours.get("tasks"), base)
     seeds = _seeds(ours.get("seeds") or own.get("seeds", [0]))
     strategy = str((ours.get("strategy") or [own.get("strategy", "tune")])[-1])
@@ -176,10 +177,11 @@ def load_comparison(
     seeds = seeds[:2] if toy else seeds
     points = _points(own.get("grid"))
     cells = _cells(where, base, columns, rows, points, toy)
-    _check_all_read(base, points, cells)
+    unread = _unread({**base, **{k: v for point in points for k, v in point.items()}}, cells)
     paper, described = _paper(own)
+    title = str(own.get("title", ""))
     comparison = Comparison(
-        str(path), where, cells, seeds, strategy, str(own.get("title", "")), paper, described, toy
+        str(path), where, cells, seeds, strategy, title, paper, described, toy, unread
     )
     for cell in cells:
         for rate in cell.learning_rates:
@@ -259,7 +261,9 @@ def _rates(label: str, value: Any) -> tuple[float, ...] | None:
     return rates or None
 
 
-def _columns(given: Any, chosen: list[str] | None, base: dict[str, Any]) -> dict[str, dict]:  # type: ignore[type-arg]
+def _columns(
+    given: Any, chosen: list[str] | None, base: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Return label -> keys of each task, ``task`` among them."""
     if given is None and chosen is None:
         task = find_task(str(base.pop("task", "tweets"))).name
@@ -360,13 +364,18 @@ def _foreign(key: str, used: set[str]) -> bool:
     return key in our_keys() and key not in used
 
 
-def _check_all_read(
-    base: Mapping[str, Any], points: list[dict[str, Any]], cells: Sequence[Cell]
-) -> None:
+def _unread(values: Mapping[str, Any], cells: Sequence[Cell]) -> tuple[str, ...]:
+    """Return the keys that no cell reads.
+
+    Raises:
+        UserError: such a key belongs to another task.
+    """
     used = set().union(*(relevant(cell.values) for cell in cells))
-    for key in (*base, *(k for point in points for k in point)):
-        if _foreign(key, used):
-            raise UserError(f"{key!r} is read by no run here; it belongs to {owners(key)}")
+    unread = tuple(key for key in values if _foreign(key, used))
+    for key in unread:
+        if owners(key).startswith("tasks"):
+            raise UserError(f"{key!r} is read by no task here; it belongs to {owners(key)}")
+    return unread
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

@@ -36,7 +36,8 @@ def load_trained(folder: Path, task: Family) -> Any:
             task.model_path = str(folder / name)
             return task.load_model()
     if (folder / folders.ADAPTER).is_dir():
-        return _with_adapter(task.load_model(), folder / folders.ADAPTER)
+        # PEFT's AdaLoRA computes a loss only with an adapter that could be trained.
+        return _with_adapter(task.load_model(), folder / folders.ADAPTER, trainable=True)
     raise UserError(f"{folder} holds no trained model yet (no adapter, model or merged folder)")
 
 

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from lorapro.experiments import folders
 from lorapro.experiments.callbacks import DivergenceWatch, MetricsLog, StepClock
-from lorapro.experiments.config import RunConfig
+from lorapro.experiments.config import RunConfig, owners
 from lorapro.experiments.evaluation import ItemTrainer, make_trainer
 from lorapro.experiments.memory import peak_memory, reset_peak_memory, tensor_bytes
 from lorapro.experiments.model_building import build_model, check_optimizer, count_parameters
@@ -63,6 +63,8 @@ def run(
     if folders.run_state(config) == "finished":
         say(f"{folder} holds this run already, finished; nothing to do")
         return folders.read_result(folder)
+    for key in config.unread:
+        say(f"note: method {config.method.name!r} does not read {key!r} ({owners(key)} do)")
     started = time.perf_counter()
     family = family or make_task(config, log)
     model = build_model(config, family)
@@ -181,7 +183,7 @@ def git_revision() -> str | None:
     """Return the revision of the working copy this file lies in, with ``+`` for local changes."""
     here = Path(__file__).parent
     try:
-        head, changes = (
+        head, changes, _ = (
             subprocess.run(
                 ["git", "-C", str(here), *command],
                 capture_output=True,
@@ -192,6 +194,7 @@ def git_revision() -> str | None:
             for command in (
                 ["rev-parse", "HEAD"],
                 ["status", "--porcelain", "--untracked-files=no", "."],
+                ["ls-files", "--error-unmatch", Path(__file__).name],  # else: someone else's
             )
         )
     except (OSError, subprocess.SubprocessError):

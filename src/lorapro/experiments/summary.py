@@ -53,9 +53,7 @@ def summarize_runs(
     for cell in cells:
         rate = pick_rate(cell, results, tuned_on)
         name = str(cell.folder)
-        tried = {
-            (lr, seed): r for (folder, lr, seed), r in results.items() if folder == name
-        }
+        tried = {(lr, seed): r for (folder, lr, seed), r in results.items() if folder == name}
         lost = [lr for (lr, _), r in tried.items() if r["status"] != "finished"]
         if lost:
             rates = ", ".join(f"{lr:g}" for lr in sorted(set(lost)))
@@ -92,15 +90,17 @@ def summarize_runs(
                 ),
                 "peak_memory_bytes": runs[0]["cost"]["peak_memory_bytes"],
                 "folders": [
-                    str((cell.folder / f"lr-{rate:g}" / f"seed-{r['seed']}").relative_to(
-                        comparison.folder
-                    ))
+                    str(
+                        (cell.folder / f"lr-{rate:g}" / f"seed-{r['seed']}").relative_to(
+                            comparison.folder
+                        )
+                    )
                     for r in runs
                 ],
                 "saved": runs[0]["saved"],
                 "tried": [
                     {"learning_rate": lr, "seed": seed, "validation_loss": validation_loss(r)}
-                    for (lr, seed), r in tried.items()
+                    for (lr, seed), r in sorted(tried.items(), key=lambda item: item[0])
                 ],
             }
         )

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from lorapro.experiments import folders
+from lorapro.experiments.config import owners
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.plan import Cell, Comparison
 from lorapro.experiments.progress import RunsProgress
@@ -149,6 +150,8 @@ def compare(comparison: Comparison, console: Console | None = None) -> Results:
     """
     console = console or Console()
     progress = RunsProgress(comparison.most_runs(), console)
+    for name in comparison.unread:
+        progress.say(f"note: no method here reads {name!r}; it belongs to {owners(name)}")
     tasks = Tasks(progress.say)
     results = check(comparison, tasks)
     comparison.folder.mkdir(parents=True, exist_ok=True)

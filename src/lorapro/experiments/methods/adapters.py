@@ -23,9 +23,7 @@ class LoraOptions:
     lora_dropout: float = option(0.0, "dropout before the adapters", least=0, below=1)
     target_modules: list[str] = option(["all-linear"], "module names, or all-linear")
     exclude_modules: list[str] | None = option(None, "module names that get no adapter")
-    modules_to_save: list[str] | None = option(
-        None, "modules trained in full beside the adapters"
-    )
+    modules_to_save: list[str] | None = option(None, "modules trained in full beside the adapters")
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of ``peft.LoraConfig``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lorapro.experiments.errors import UserError, nearest_hint
 from lorapro.experiments.methods.adapters import ADAPTERS, Adapter
@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
 }
 
 # What a name of several parts may be made of. LoRA-GA's own table rests on rsLoRA's scaling.
-_PARTS = {**ADAPTERS, **STARTS, **OPTIMIZERS}
+_PARTS: dict[str, Adapter | Start | OptimizerPart] = {**ADAPTERS, **STARTS, **OPTIMIZERS}
 
 
 def _splits(name: str) -> Iterator[tuple[str, ...]]:

@@ -6,13 +6,11 @@ model, come in as small factories too.
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorapro.experiments.errors import UserError, nearest_hint
+from lorapro.experiments.errors import UserError
 from lorapro.experiments.options import NoOptions, option
 
 if TYPE_CHECKING:
@@ -89,6 +87,17 @@ class OptimizerPart:
     adapter: str = "lora"
 
 
+def _mapping(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Return optimizer_options as a mapping.
+
+    Raises:
+        UserError: it is none.
+    """
+    if value is None or isinstance(value, dict):
+        return value or {}
+    raise UserError(f"optimizer_options must be a mapping from name to value, found {value!r}")
+
+
 def _adamw(training: TrainingArguments) -> dict[str, Any]:
     """Arguments of ``torch.optim.AdamW``, as Trainer takes them from its own."""
     return {
@@ -104,7 +113,7 @@ def _aligned(optimizer: str = "adamw", **fixed: Any) -> Maker:
     def make(training: TrainingArguments, options: LoraProOptions) -> Any:
         import lorapro
 
-        given = {**fixed, **(options.optimizer_options or {})}
+        given = {**fixed, **_mapping(options.optimizer_options)}
         if options.x is not None:
             given["x"] = options.x
         # lr= because a rate that happens to be Trainer's default is a rate of the config here.
@@ -172,11 +181,6 @@ def _muon(training: TrainingArguments, options: Any) -> Any:
     from lorapro.experiments.methods.muon import muon_factory
 
     return muon_factory, {**_adamw(training), "weight_decay": training.weight_decay}
-
-
-def optimizer_part(name: str) -> OptimizerPart:
-    """Return the optimizer of that name."""
-    return OPTIMIZERS[name]
 
 
 def _ours(

@@ -25,7 +25,9 @@ class LoraGaOptions:
         choices=("gradient", "sign", "adam"),
     )
     lora_ga_direction: str = option(
-        "ArB2r", "LoRA-GA: singular vectors of A and B", choices=("ArB2r", "A2rBr", "ArBr", "random")
+        "ArB2r",
+        "LoRA-GA: singular vectors of A and B",
+        choices=("ArB2r", "A2rBr", "ArBr", "random"),
     )
     lora_ga_scale: str = option(
         "stable", "LoRA-GA: lengths of the factors", choices=("stable", "gd", "unit", "weight")

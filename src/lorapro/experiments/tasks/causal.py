@@ -33,9 +33,7 @@ class CausalOptions:
     )
     prompt: str = option("{prompt}", "what goes before the answer, with {columns} of a row")
     answer: str = option("{answer}", "what is learned, with {columns} of a row")
-    chat: bool = option(
-        True, "put the prompt into the tokenizer's chat template, where it has one"
-    )
+    chat: bool = option(True, "put the prompt into the tokenizer's chat template, where it has one")
     text_column: str = option("text", "format text: column of the text")
     max_length: int = option(
         128, "longest example in tokens (longer ones are left out), or the length of a row", least=2
@@ -147,12 +145,9 @@ class Causal(TextFamily):
         if self.args.format == "prompt":
             return super().examples(limit)
         run, splits = self.run, self.rows()
-        packed = {
-            name: self._pack(shuffled(splits[name], run.split_seed))
-            for name in ("train", "validation", "test")
-            if name in splits
-        }
-        train, rest = packed["train"], {}
+        packed = {name: self._pack(shuffled(splits[name], run.split_seed)) for name in splits}
+        train = packed["train"]
+        rest: dict[str, Examples] = {}
         for name, count in (("test", run.test_samples), ("validation", run.validation_samples)):
             if name in packed:
                 rest[name] = take(packed[name], count)

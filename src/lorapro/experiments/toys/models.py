@@ -136,8 +136,8 @@ def t5(folder: Path, texts: list[str]) -> None:
         num_heads=4,
         pad_token_id=0,
         eos_token_id=1,
-        decoder_start_token_id=0,
     )
+    config.decoder_start_token_id = 0
     _seed()
     T5ForConditionalGeneration(config).save_pretrained(folder)
 

@@ -5,12 +5,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
 
-from lorapro.experiments.full_muon import FullMuon, full_muon_optimizer, hidden_matrices
+from lorapro.experiments.methods import OPTIMIZERS
+from lorapro.experiments.methods.muon import MuonAndAdamW, hidden_matrices
 
 
 def build(model, folder, **options):
     args = TrainingArguments(output_dir=str(folder), report_to="none", **options)
-    factory, kwargs = full_muon_optimizer(args)
+    factory, kwargs = OPTIMIZERS["muon"].make(args, None)
     return factory()(model, **kwargs)
 
 
@@ -39,7 +40,7 @@ def test_both_rules_are_torchs():
     other.load_state_dict(net.state_dict())
     (matrix,) = hidden_matrices(net)
     rest = [p for p in net.parameters() if p is not matrix]
-    optimizer = FullMuon([matrix], rest, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9))
+    optimizer = MuonAndAdamW([matrix], rest, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9))
     twin = [p for p in other.parameters() if p is not other["body"].weight]
     twins = (
         torch.optim.Muon(

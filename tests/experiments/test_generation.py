@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from lorapro.experiments.evaluation import exact_match, extract_answer, generate, left_pad
+from lorapro.experiments.generation import exact_match, extract_answer, generate, left_pad
 from lorapro.experiments.tasks import load_tokenizer
-from lorapro.experiments.tasks.gsm8k import prompt_ids
+from lorapro.experiments.tasks.causal import prompt_ids
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,10 @@ def test_exact_match_counts_and_saves_in_the_order_of_the_rows(tiny_llama, tmp_p
         zip([r["question"] for r in rows], ["#### 1000.", "it is 2", "#### 4"], strict=True)
     )
     path = tmp_path / "predictions.jsonl"
-    score = exact_match(Parrot(tokenizer, said), tokenizer, rows, batch_size=2, save_to=path)
+    prompts = [prompt_ids(tokenizer, row["question"]) for row in rows]
+    score = exact_match(
+        Parrot(tokenizer, said), tokenizer, rows, prompts=prompts, batch_size=2, save_to=path
+    )
     assert (score.correct, score.total) == (2, 3)
     assert 0 < score.as_dict()["exact_match_low"] < 2 / 3 < score.as_dict()["exact_match_high"] < 1
     records = [json.loads(line) for line in path.read_text().splitlines()]

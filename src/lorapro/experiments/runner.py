@@ -8,7 +8,9 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,8 @@ def _train(
         trainer.remove_callback(PrinterCallback)
     reset_peak_memory()
     set_seed(config.training.seed)  # dropout, from here on alike for all methods
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with _merged_is_saved_too():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainable, parameters = count_parameters(model)
     result: dict[str, Any] = {
         **_about(config, family, trainer),
@@ -221,6 +224,15 @@ def _write_items(path: Path, items: Any) -> None:
     scratch.replace(path)
 
 
+@contextmanager
+def _merged_is_saved_too() -> Iterator[None]:
+    """Saving an adapter that is none of the original base's, without its warning."""
+    with warnings.catch_warnings():
+        for message in ("the base weights were decayed", "adapter .* did not start at"):
+            warnings.filterwarnings("ignore", message, UserWarning)
+        yield
+
+
 def base_moves(config: RunConfig) -> bool:
     """Whether training changes base weights, which an adapter alone does not hold."""
     when = config.method.optimizer.changes_base
@@ -239,13 +251,15 @@ def _save(config: RunConfig, model: Any, family: Family, folder: Path) -> dict[s
         return {"model": folders.MODEL}
     moved = base_moves(config)
     if config.method.start.at_zero or moved:
-        model.save_pretrained(folder / folders.ADAPTER)
+        with _merged_is_saved_too():
+            model.save_pretrained(folder / folders.ADAPTER)
     else:  # what it learnt, for the original base
         try:
             save_portable(model, folder / folders.ADAPTER)
         except ValueError:  # no plain LoRA, such as DoRA from PiSSA's start
             moved = True
-            model.save_pretrained(folder / folders.ADAPTER)
+            with _merged_is_saved_too():
+                model.save_pretrained(folder / folders.ADAPTER)
     if not moved:
         return {"adapter": folders.ADAPTER}
     merged = model.merge_and_unload()

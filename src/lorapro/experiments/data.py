@@ -16,7 +16,7 @@ __all__ = ["Row", "content_digest", "load_rows", "require_columns"]
 
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
+SPLIT_NAMES = ("train", "validation", "valid", "dev", "test", "validation_matched")
 
 
 def _read_file(path: Path, encoding: str) -> list[Row]:
@@ -41,7 +41,8 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
             table = pandas.read_parquet(path)
         else:
             text = path.read_text(encoding=encoding)
-            lines = text.splitlines() if path.suffix == ".jsonl" else []
+            # At newlines only: str.splitlines would break strings that hold U+2028 or U+0085.
+            lines = text.split("\n") if path.suffix == ".jsonl" else []
             records = [json.loads(line) for line in lines if line.strip()] or json.loads(text)
             if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
                 raise ValueError("found no list of records")

@@ -100,6 +100,11 @@ def _train(
         save_initial(model, folder / folders.INITIAL)
     clock, watch = StepClock(on_step), DivergenceWatch(config.run.divergence)
     callbacks = [clock, watch, MetricsLog(folder), *method.adapter.callbacks(config.adapter)]
+    if config.run.diagnostics_every and not method.trains_all:
+        from lorapro.diagnostics import AlignmentCallback
+
+        every, layers = config.run.diagnostics_every, config.run.diagnostics_layers
+        callbacks.append(AlignmentCallback(every=every, layers=layers))
     trainer = make_trainer(config, family, model, optimizer, callbacks)
     if on_step is not None:
         trainer.remove_callback(ProgressCallback)

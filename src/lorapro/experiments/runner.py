@@ -111,15 +111,18 @@ def _train(
         trainer.remove_callback(PrinterCallback)
     reset_peak_memory()
     set_seed(config.training.seed)  # dropout, from here on alike for all methods
-    with _merged_is_saved_too():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if method.adapter.trains:
+        with _merged_is_saved_too():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    else:
+        model.requires_grad_(False)
     trainable, parameters = count_parameters(model)
     result: dict[str, Any] = {
         **_about(config, family, trainer),
         "cost": {
             "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,
             "peak_memory_bytes": peak_memory(),
-            "optimizer_state_bytes": tensor_bytes(trainer.optimizer.state),  # type: ignore[union-attr]
+            "optimizer_state_bytes": tensor_bytes(getattr(trainer.optimizer, "state", {})),
             "trainable_parameters": trainable,
             "parameters": parameters,
             "device": str(trainer.args.device),
@@ -248,6 +251,8 @@ def _save(config: RunConfig, model: Any, family: Family, folder: Path) -> dict[s
     """Save what was trained; return names and paths relative to the folder."""
     from lorapro.export import save_portable
 
+    if not config.method.adapter.trains:
+        return {}
     if config.method.trains_all:
         if not config.run.save_full_model:
             return {}

@@ -80,6 +80,7 @@ class Family(ABC):
 
     Class attributes:
         options: dataclass of the family's keys.
+        named_labels: read labels that the hub stores as numbers by their names.
         peft_task_type: name of a ``peft.TaskType``, ``None`` where PEFT has none.
         head: name of the module that starts afresh and is trained in full beside the adapters,
             ``None`` where there is none or PEFT knows it from the task type.
@@ -92,6 +93,7 @@ class Family(ABC):
     """
 
     options: ClassVar[type] = NoOptions
+    named_labels: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = None
     head: ClassVar[str | None] = None
 
@@ -152,7 +154,7 @@ class Family(ABC):
 
         ``keys`` is added to the error for a missing column: which keys name the columns.
         """
-        splits = load_rows(self.data_name, self.data_config)
+        splits = load_rows(self.data_name, self.data_config, names=self.named_labels)
         if "train" not in splits:
             raise UserError(f"{self.data_name} has no split 'train'; it has: {', '.join(splits)}")
         columns = self.columns_used()

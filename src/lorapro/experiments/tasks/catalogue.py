@@ -6,10 +6,14 @@ from lorapro.experiments.errors import check_name
 from lorapro.experiments.options import RunOptions
 from lorapro.experiments.tasks.base import Family, TaskEntry
 from lorapro.experiments.tasks.causal import Causal
+from lorapro.experiments.tasks.clip import Clip
+from lorapro.experiments.tasks.clip_tasks import CLIP_TASKS
 from lorapro.experiments.tasks.glue import GLUE_TASKS, Glue
+from lorapro.experiments.tasks.glue_encoder import GLUE_ENCODER_TASKS
 from lorapro.experiments.tasks.gsm8k import gsm8k_row
 from lorapro.experiments.tasks.images import Images
 from lorapro.experiments.tasks.instruct import INSTRUCT_TASKS, Instruct
+from lorapro.experiments.tasks.local_tasks import LOCAL_TASKS
 from lorapro.experiments.tasks.seq2seq import Seq2Seq
 from lorapro.experiments.tasks.text_classification import TextClassification
 
@@ -22,6 +26,7 @@ FAMILIES: dict[str, type[Family]] = {
     "causal": Causal,
     "instruct": Instruct,
     "images": Images,
+    "clip": Clip,
 }
 
 _ENTRIES = (
@@ -78,6 +83,9 @@ _ENTRIES = (
         metric="accuracy",
         toy=("dinov2", "idx_images"),
     ),
+    *CLIP_TASKS,
+    *GLUE_ENCODER_TASKS,
+    *LOCAL_TASKS,
 )
 
 TASKS: dict[str, TaskEntry] = {entry.name: entry for entry in _ENTRIES}

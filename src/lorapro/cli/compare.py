@@ -26,7 +26,7 @@ flags of the comparison:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run comparisons and print their tables."""
+    """Run comparisons, print their tables and write their reports."""
     parser = Parser(
         "compare",
         usage="lorapro compare RECIPE.yaml [RECIPE.yaml ...] [--flag value ...]",
@@ -47,8 +47,7 @@ def run(arguments: Sequence[str]) -> None:
 
     quiet_libraries()  # before anything imports them
     from lorapro.experiments.plan import load_comparison
-    from lorapro.experiments.report import print_report, write
-    from lorapro.experiments.summary import groups, summarize_runs, summary_folder
+    from lorapro.experiments.report import report_comparison
     from lorapro.experiments.sweep import compare
 
     console = Console()
@@ -65,12 +64,8 @@ def run(arguments: Sequence[str]) -> None:
     for comparison in comparisons:
         if len(comparisons) > 1:
             console.print(f"\n{comparison.recipe}", highlight=False)
-        results = compare(comparison, console)
-        for task, point, cells in groups(comparison):
-            summary = summarize_runs(comparison, results, task, point, cells)
-            where = summary_folder(comparison, task, point)
-            write(comparison.folder, summary, where)
-            print_report(where, comparison.folder, summary, console)
+        compare(comparison, console)
+        report_comparison(comparison.folder, console)
 
 
 def _take_folder(flags: list[str]) -> tuple[str | None, list[str]]:

@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train one model from a YAML config and --flag value overrides",
     "compare": "methods x learning rates x seeds: train what is missing, print the table",
+    "report": "tables, figures and verdicts of finished runs, as one page",
     "evaluate": "loss and metric of a trained run, or of a model before training",
     "inspect": "the adapter pairs of a model: shapes, ranks, scalings, what else is trained",
     "export": "a plain LoRA for the original base model, or a merged model",
@@ -20,11 +21,9 @@ COMMANDS = {
 }
 
 # Packages of the extra 'experiments': the core works without them.
-OPTIONAL = {"accelerate", "datasets", "gguf", "matplotlib", "pandas", "peft", "rich", "sklearn"} | {
-    "safetensors",
-    "tokenizers",
-    "transformers",
-    "yaml",
+OPTIONAL = {
+    *("accelerate", "datasets", "gguf", "jinja2", "matplotlib", "pandas", "peft", "rich"),
+    *("safetensors", "scipy", "sklearn", "tokenizers", "transformers", "yaml"),
 }
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorapro.experiments.toys.clip import clip
-
 __all__ = ["MODELS", "save_tokenizer"]
 
 Writer = Callable[[Path, list[str]], None]
@@ -177,5 +175,4 @@ MODELS: dict[str, Writer] = {
     "llama_base": llama_base,
     "t5": t5,
     "dinov2": dinov2,
-    "clip": clip,
 }

@@ -337,11 +337,10 @@ def test_merging_into_a_tied_weight_is_refused(tmp_path):
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A run as it lies on disk: the base, the initial factors, an adapter; and what it computes."""
+    """An adapter from LoRA-GA's start as it lies on disk beside its base; and what it computes."""
     llama().save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model = started("subtract", base, task_type="CAUSAL_LM", use_rslora=True)
-    lora_ga.save_initial(model, tmp_path / "run")
     train(model)
     model.save_pretrained(tmp_path / "run" / "adapter")
     return tmp_path, logits(model)
@@ -361,7 +360,7 @@ def test_export_command(run_folder, capsys):
     assert "at most" in capsys.readouterr().out
     assert json.loads((folder / "small" / "adapter_config.json").read_text())["r"] == 2
 
-    run([adapter, str(folder / "merged"), "--merged", "--initial", str(folder / "run")])
+    run([adapter, str(folder / "merged"), "--merged"])
     loaded = LlamaForCausalLM.from_pretrained(folder / "merged").eval()
     assert close(logits(loaded), trained)
 
@@ -378,9 +377,9 @@ def test_export_command_refuses_bad_input(run_folder):
         ("not an empty folder", [adapter, str(folder / "base")]),
         ("--rank must be at least 1", [adapter, out, "--rank", "0"]),
         ("has no rank", [adapter, out, "--merged", "--rank", "2"]),
-        ("has no lora_ga_initial", [adapter, out, "--initial", str(folder)]),
+        ("unknown flag '--initial'", [adapter, out, "--initial", str(folder)]),
         ("did you mean '--merged'", [adapter, out, "--merge"]),
-        ("is a file", [str(folder / "run" / "lora_ga_initial.safetensors"), out]),
+        ("is a file", [str(folder / "run" / "adapter" / "lora_ga_initial.safetensors"), out]),
     ):
         with pytest.raises(UserError, match=match):
             run(arguments)

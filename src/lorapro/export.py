@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,7 @@ def save_portable(
     adapter: str | None = None,
     rank: int | None = None,
     original: nn.Module | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> PortableReport:
     """Write an adapter as plain LoRA for the original, untouched base model.
 
@@ -106,6 +107,7 @@ def save_portable(
         original: the base model before the adapter was added. Needed for PiSSA and its like when
             the initial factors were not remembered (``lorapro.lora_ga.remember_initial``); without
             it the base is loaded again from where the config says it came from.
+        state_dict: of the model, where its own parameters are not whole (gathered shards).
 
     Returns:
         A report; ``print`` it.
@@ -140,43 +142,28 @@ def save_portable(
         raise ValueError(f"adapter {adapter!r} has no LoRA layers.")
     _check_plain(peft_model, pairs, adapter)
 
-    changes = [change_of(peft_model, pair, adapter) for pair in pairs]
+    names = names_of_parameters(peft_model)
+    state = dict(peft_model.state_dict() if state_dict is None else state_dict)
+    held = pairs if state_dict is None else [_as_in(p, names, state) for p in pairs]
     if _start_unknown(config, peft_model, pairs, adapter):
         original = original if original is not None else _load_original(peft_model, config)
-    if original is not None:
+    if original is None:
+        changes = [change_of(peft_model, pair, adapter) for pair in held]
+    else:
         changes = [
             change_from_base(peft_model, original, pair, adapter, strict=rank is None)
-            for pair in pairs
+            for pair in held
         ]
-    rows: list[PortableLayer] = []
-    done: list[tuple[Tensor, Tensor]] = []
-    for pair, (left, right) in zip(pairs, changes, strict=True):
-        per_block = rank
-        if rank is not None and pair.layout == "groups":
-            per_block = rank // pair.blocks
-        error = 0.0
-        if per_block is not None and left.shape[-1] > per_block:
-            left, right, errors = low_rank(left, right, per_block)
-            error = float(errors.max())
-        done.append((left, right))
-        rows.append(PortableLayer(pair.name, left.shape[-1], error))
-    common = max(stored_rank(pair, left) for pair, (left, _) in zip(pairs, done, strict=True))
-    for pair in pairs:
-        if pair.layout == "groups" and common % pair.blocks:
-            raise ValueError(
-                f"{pair.name} is a convolution of {pair.blocks} groups: rank {common} cannot be "
-                f"shared out among them; pass a rank that is a multiple of {pair.blocks}."
-            )
-
-    state = dict(peft_model.state_dict())
-    names = names_of_parameters(peft_model)
+    done, rows = _cut(pairs, changes, rank)
+    common = _common_rank(pairs, done)
     for pair, (left, right) in zip(pairs, done, strict=True):
         A, B = stored_factors(pair, left, right, common)
         state.update(dict.fromkeys(names[id(pair.A)], A))
         state.update(dict.fromkeys(names[id(pair.B)], B))
         bias = _bias_of(peft_model.get_submodule(pair.name), adapter)
         if bias is not None:
-            state.update(dict.fromkeys(names[id(bias)], bias.detach() * pair.scaling))
+            value = state[names[id(bias)][0]].detach()
+            state.update(dict.fromkeys(names[id(bias)], value * pair.scaling))
     embeds = any(hasattr(peft_model.get_submodule(p.name), "_embed") for p in pairs)
     tensors = get_peft_model_state_dict(
         peft_model,
@@ -193,6 +180,43 @@ def save_portable(
     scratch.replace(target / "adapter_model.safetensors")
     portable.save_pretrained(str(target))
     return PortableReport(str(target), common, tuple(rows))
+
+
+def _as_in(pair: LoraPair, names: Mapping[int, list[str]], state: Mapping[str, Tensor]) -> LoraPair:
+    """The pair with the factors of a state dict."""
+    A, B = (state[names[id(p)][0]].detach() for p in (pair.A, pair.B))
+    return replace(pair, A=nn.Parameter(A, False), B=nn.Parameter(B, False))
+
+
+def _cut(
+    pairs: Sequence[LoraPair], changes: Sequence[tuple[Tensor, Tensor]], rank: int | None
+) -> tuple[list[tuple[Tensor, Tensor]], list[PortableLayer]]:
+    """Factors of every change, of at most that rank, and what was lost."""
+    rows: list[PortableLayer] = []
+    done: list[tuple[Tensor, Tensor]] = []
+    for pair, (left, right) in zip(pairs, changes, strict=True):
+        per_block = rank
+        if rank is not None and pair.layout == "groups":
+            per_block = rank // pair.blocks
+        error = 0.0
+        if per_block is not None and left.shape[-1] > per_block:
+            left, right, errors = low_rank(left, right, per_block)
+            error = float(errors.max())
+        done.append((left, right))
+        rows.append(PortableLayer(pair.name, left.shape[-1], error))
+    return done, rows
+
+
+def _common_rank(pairs: Sequence[LoraPair], done: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """The one rank that all layers are stored with."""
+    common = max(stored_rank(pair, left) for pair, (left, _) in zip(pairs, done, strict=True))
+    for pair in pairs:
+        if pair.layout == "groups" and common % pair.blocks:
+            raise ValueError(
+                f"{pair.name} is a convolution of {pair.blocks} groups: rank {common} cannot be "
+                f"shared out among them; pass a rank that is a multiple of {pair.blocks}."
+            )
+    return common
 
 
 def _check_plain(model: Any, pairs: tuple[LoraPair, ...], adapter: str) -> None:

@@ -4,9 +4,10 @@ import gc
 
 import pytest
 
+from experiments.judge import judge_server
 from experiments.tiny_models import classify, problems, solve, table, tiny_bert, tiny_llama
 
-__all__ = ["classify", "problems", "solve", "table", "tiny_bert", "tiny_llama"]
+__all__ = ["classify", "judge_server", "problems", "solve", "table", "tiny_bert", "tiny_llama"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lorapro.experiments.assets import tables
+from lorapro.experiments.data import load_rows
 from lorapro.experiments.errors import UserError
 
 
@@ -134,3 +135,9 @@ def test_python_files_become_a_row_a_definition_without_the_tests(folders):
     tables.table_from_sources(source, target)
     texts = [row["text"] for row in rows_of(target / "table.jsonl")]
     assert texts == ["x = 1", "import os", "def f():\n\n    return 1", "class C: ..."]
+
+
+def test_texts_with_other_line_ends_inside_are_one_row(tmp_path):
+    texts = ["a\u2028b", "c\x85d", "e\x0bf"]
+    tables.write_rows(tmp_path / "train.jsonl", [{"text": text} for text in texts])
+    assert [row["text"] for row in load_rows(str(tmp_path))["train"]] == texts

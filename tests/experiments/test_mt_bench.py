@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -42,45 +40,15 @@ def write(path, rows):
 
 
 @pytest.fixture
-def endpoint():
-    """A judge that rates an answer with its length, and keeps what it was asked."""
+def endpoint(judge_server):
+    """A judge that rates an answer with its length."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            server.asked.append((self.path, dict(self.headers), self.body()))
-            if server.failures:
-                self.send_response(server.failures.pop(0))
-                self.end_headers()
-                self.wfile.write(b"try later")
-                return
-            said = re.search(r"\[Answer\]\n(.*)\n\[End\]", self.asked_of(), re.DOTALL).group(1)
-            text = server.says.format(length=len(said))
-            answer = {
-                "model": "judge-2024-05-13",
-                "system_fingerprint": "fp_1",
-                "choices": [{"message": {"role": "assistant", "content": text}}],
-            }
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+    def length(prompt):
+        said = re.search(r"\[Answer\]\n(.*)\n\[End\]", prompt, re.DOTALL).group(1)
+        return f"Well. Rating: [[{len(said)}]]"
 
-        def body(self):
-            return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-
-        def asked_of(self):
-            return server.asked[-1][2]["messages"][-1]["content"]
-
-        def log_message(self, *_):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.failures, server.says = [], [], "Well. Rating: [[{length}]]"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        yield server
-        server.shutdown()
-        thread.join()
+    judge_server.says = length
+    return judge_server
 
 
 def test_answers_are_rated_and_the_judge_is_recorded(folder, endpoint):

@@ -28,4 +28,4 @@ def test_recipe(name, monkeypatch):
     marker, program, command, path, *flags = shlex.split(first, comments=False)
     assert (marker, program, path) == ("#", "lorapro", name)
     load = {"train": load_config, "compare": load_comparison}[command]
-    load(path, flags)
+    load(path, [*flags, "--use_cpu", "true"])  # bf16 is refused where there is no GPU

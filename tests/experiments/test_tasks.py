@@ -7,6 +7,7 @@ import pytest
 
 from experiments.tiny_models import sentences
 from lorapro.experiments.config import build_config
+from lorapro.experiments.data import load_rows
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.runner import make_task
 from lorapro.experiments.tasks.causal import IGNORED
@@ -149,3 +150,10 @@ def test_gsm8k_wrong_columns(solve, tmp_path):
     path.write_text('{"q": "1+1", "a": "2"}\n')
     with pytest.raises(UserError, match="no column 'question'; its columns are: q, a"):
         make_task(build_config({**solve, "data": str(path)}))
+
+
+def test_a_line_of_json_may_hold_other_line_separators(tmp_path):
+    rows = [{"text": f"a{mark}b", "label": i} for i, mark in enumerate("\u2028\u2029\x85\x0c")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert load_rows(str(tmp_path / "train.jsonl"))["train"] == rows

@@ -107,29 +107,32 @@ def test_resuming_from_a_checkpoint(tiny, kind, tmp_path):
     model.save_pretrained(tmp_path / "checkpoint")
     trained = logits(model, batches[0])
 
-    # A trained adapter keeps its factors, the base is put in place.
-    resumed = PeftModel.from_pretrained(
-        tiny.llama(), tmp_path / "checkpoint", is_trainable=True
-    ).eval()
-    assert not close(logits(resumed, batches[0]), trained, 0.01)
-    assert lora_ga.load_initial(resumed, tmp_path) == 14
-    assert close(logits(resumed, batches[0]), trained)
-    with pytest.raises(ValueError, match="initialised already"):
-        lora_ga.load_initial(resumed, tmp_path)
-
-    # A fresh adapter gets the initial factors; loading a checkpoint into it resumes.
-    fresh = tiny.adapted(tiny.llama(), use_rslora=True)
-    lora_ga.load_initial(fresh, path)
-    for name, p in fresh.named_parameters():
-        assert torch.equal(p, start[name]), name
-    fresh.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)
-    assert close(logits(fresh, batches[0]), trained)
-
-    # An adapter loaded for inference.
+    # The checkpoint is a plain LoRA for the original base.
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "checkpoint").eval()
-    lora_ga.load_initial(loaded, tmp_path)
-    assert not any(p.requires_grad for p in loaded.parameters())
     assert close(logits(loaded, batches[0]), trained)
+    with pytest.raises(ValueError, match="another rank"):
+        lora_ga.load_initial(loaded, tmp_path)
+    with pytest.raises(ValueError, match="initialised already"):
+        lora_ga.load_initial(model, tmp_path)
+
+    # A fresh adapter gets the initial factors; loading a checkpoint into it resumes, bit for bit.
+    for place in (path, tmp_path / "checkpoint"):
+        fresh = tiny.adapted(tiny.llama(), use_rslora=True)
+        lora_ga.load_initial(fresh, place)
+        for name, p in fresh.named_parameters():
+            assert torch.equal(p, start[name]), name
+        fresh.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)
+        for name, p in fresh.named_parameters():
+            assert torch.equal(p, model.get_parameter(name)), name
+            assert p.requires_grad == model.get_parameter(name).requires_grad
+
+    # A fresh adapter without its start, or trained already, is refused.
+    plain = tiny.adapted(tiny.llama(), use_rslora=True)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        plain.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)
+    train(plain, batches)
+    with pytest.raises(ValueError, match="the adapter is trained; expected a fresh one"):
+        lora_ga.load_initial(plain, tmp_path)
 
 
 def test_loading_initial_factors_that_do_not_fit(tiny, tmp_path):

@@ -16,23 +16,20 @@ checkpoints, or the folder of a PEFT adapter (its base model is the one it names
 
 Without --merged OUT gets a plain LoRA adapter for the original base model: rank 2r for adapters
 that did not start at zero (LoRA-GA, PiSSA), r for the others; --rank N cuts it down and says what
-is lost. With --merged OUT gets the whole model. The initial factors of LoRA-GA
-(lora_ga_initial.safetensors) are looked for in TARGET and the two folders above it, or in
---initial FOLDER."""
+is lost. With --merged OUT gets the whole model."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Export and print what was written."""
     parser = Parser(
         "export",
-        usage="lorapro export TARGET OUT [--merged] [--rank N] [--initial FOLDER] [--model NAME]",
+        usage="lorapro export TARGET OUT [--merged] [--rank N] [--model NAME]",
         description=DESCRIPTION,
     )
     parser.add_argument("target", metavar="TARGET", help="run, checkpoint or adapter")
     parser.add_argument("out", metavar="OUT", help="folder to write; must not hold anything yet")
     parser.add_argument("--merged", action="store_true", help="write the whole model")
     parser.add_argument("--rank", type=int, help="cut the adapter down to this rank")
-    parser.add_argument("--initial", help="folder with lora_ga_initial.safetensors")
     parser.add_argument("--model", help="base model, for an adapter that does not name it")
     known = parser.parse_strictly(arguments)
     target, out = Path(known.target), Path(known.out)
@@ -50,16 +47,11 @@ def run(arguments: Sequence[str]) -> None:
     from lorapro.cli.common import quiet_libraries
     from lorapro.experiments.restore import load_any
     from lorapro.export import save_merged, save_portable
-    from lorapro.lora_ga import load_initial
 
     quiet_libraries()
-    initial = _initial_folder(target, known.initial)
     flags = [] if known.model is None else ["--model", known.model]
     model = load_any(target, flags, report_line)
     try:
-        if initial is not None:
-            layers = load_initial(model, initial)
-            report_line(f"initial factors of {layers} layers from {initial}")
         if known.merged:
             save_merged(model, out, in_place=True)
             print(f"{out}: merged model")
@@ -67,41 +59,3 @@ def run(arguments: Sequence[str]) -> None:
             print(save_portable(model, out, rank=known.rank))
     except (ValueError, FileNotFoundError) as error:
         raise UserError(" ".join(str(error).split())) from error
-
-
-def _initial_folder(target: Path, given: str | None) -> Path | None:
-    from lorapro.experiments import folders
-    from lorapro.lora_ga.initial import INITIAL_FILE
-
-    if given is not None:
-        if not (Path(given) / INITIAL_FILE).is_file():
-            raise UserError(f"{given} has no {INITIAL_FILE}")
-        return Path(given)
-    resolved = target.resolve()
-    around = (resolved, resolved / folders.ADAPTER, resolved.parent, resolved.parent.parent)
-    for folder in around:
-        if (folder / INITIAL_FILE).is_file():
-            return folder
-    method = _method_of(resolved)
-    if method.startswith("lora-ga"):
-        if (resolved / folders.ADAPTER).is_dir() or resolved.name == folders.ADAPTER:
-            return None  # a finished run has saved it for the original base already
-        for folder in around:
-            if (folder / folders.INITIAL / INITIAL_FILE).is_file():
-                return folder / folders.INITIAL
-        raise UserError(
-            f"{target} was trained with {method!r}, but no {INITIAL_FILE} lies beside it; give the "
-            "folder that holds it with --initial"
-        )
-    return None
-
-
-def _method_of(target: Path) -> str:
-    """Method of the run that a folder belongs to, or ``""``."""
-    from lorapro.experiments import folders
-    from lorapro.experiments.yaml_file import read_yaml
-
-    for folder in (target, target.parent):
-        if (folder / folders.CONFIG).is_file():
-            return str(read_yaml(folder / folders.CONFIG).get("method", ""))
-    return ""

@@ -16,7 +16,7 @@ __all__ = ["Row", "content_digest", "load_rows", "require_columns"]
 
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
+SPLIT_NAMES = ("train", "validation", "valid", "dev", "test", "validation_matched")
 
 
 def _read_file(path: Path, encoding: str) -> list[Row]:
@@ -41,7 +41,8 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
             table = pandas.read_parquet(path)
         else:
             text = path.read_text(encoding=encoding)
-            lines = text.splitlines() if path.suffix == ".jsonl" else []
+            # At newlines only: str.splitlines would break strings that hold U+2028 or U+0085.
+            lines = text.split("\n") if path.suffix == ".jsonl" else []
             records = [json.loads(line) for line in lines if line.strip()] or json.loads(text)
             if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
                 raise ValueError("found no list of records")
@@ -76,7 +77,7 @@ def _read_folder(folder: Path) -> dict[str, list[Row]]:
     return splits
 
 
-def _read_hub(source: str, config: str | None) -> dict[str, list[Row]]:
+def _read_hub(source: str, config: str | None, names: bool = False) -> dict[str, list[Row]]:
     try:
         import datasets
     except ImportError as error:
@@ -91,7 +92,20 @@ def _read_hub(source: str, config: str | None) -> dict[str, list[Row]]:
         raise UserError(
             f"no local file or folder {source!r}, and the hub has not given it either ({reason})"
         ) from error
-    return {name: [dict(row) for row in _undecoded(split)] for name, split in loaded.items()}
+    kept = {name: split for name, split in loaded.items() if not names or name in SPLIT_NAMES}
+    rows = {name: [dict(row) for row in _undecoded(split)] for name, split in kept.items()}
+    for name, split in kept.items() if names else ():
+        for column, feature in (split.features or {}).items():
+            if isinstance(feature, datasets.ClassLabel):
+                for row in rows[name]:
+                    row[column] = feature.int2str(row[column])
+    return rows
+
+
+def _is_hub_folder(path: Path, names: bool) -> bool:
+    """Whether a folder is laid out as a hub data set: Parquet files, or images by class."""
+    patterns = ("data/*.parquet", "train-*.parquet", *(["*.parquet"] if names else []))
+    return (path / "train").is_dir() or any(any(path.glob(pattern)) for pattern in patterns)
 
 
 def _undecoded(split: Any) -> Any:
@@ -104,15 +118,28 @@ def _undecoded(split: Any) -> Any:
     return split
 
 
-def load_rows(source: str, config: str | None = None) -> dict[str, list[Row]]:
+def _read_any_folder(path: Path, names: bool) -> dict[str, list[Row]]:
+    if is_idx_folder(path):
+        return read_idx_folder(path)
+    if _is_hub_folder(path, names):
+        return _read_hub(str(path), None, names)
+    return _read_folder(path)
+
+
+def load_rows(
+    source: str, config: str | None = None, *, names: bool = False
+) -> dict[str, list[Row]]:
     """Load the splits of a data set as lists of rows.
 
     Args:
         source: an asset's name; a ``.csv``, ``.tsv``, ``.json``, ``.jsonl`` or ``.parquet`` file
             (it becomes the split ``train``); a folder with ``train.*`` and maybe ``validation.*``
-            and ``test.*``; a folder of IDX files (see :mod:`~lorapro.experiments.idx`); or the id
-            of a data set on the hub.
+            and ``test.*``; a folder of IDX files (see :mod:`~lorapro.experiments.idx`); a
+            folder as the hub's, of Parquet files or of images in ``train/<class>/``; or the id of a
+            data set on the hub.
         config: configuration name of a hub data set.
+        names: give labels that the hub stores as numbers by their names, and leave out splits other
+            than train, validation and test.
 
     Raises:
         UserError: nothing there, or a file that cannot be read.
@@ -123,17 +150,17 @@ def load_rows(source: str, config: str | None = None) -> dict[str, list[Row]]:
             raise UserError(f"asset {source!r} is a {asset.kind}, not a data set")
         opened = Path(asset_path(source))
         if opened.is_dir():
-            return _read_folder(opened)
+            return _read_any_folder(opened, names)
         return {"train": _read_file(opened, asset.encoding)}
     path = Path(source).expanduser()
     if path.is_file():
         return {"train": _read_file(path, "utf-8-sig")}
     if path.is_dir():
-        return read_idx_folder(path) if is_idx_folder(path) else _read_folder(path)
+        return _read_any_folder(path, names)
     looks_local = path.is_absolute() or source.startswith((".", "~")) or path.suffix in SUFFIXES
     if looks_local or source.count("/") > 1:
         raise UserError(f"no data file or folder {source!r}")
-    return _read_hub(source, config)
+    return _read_hub(source, config, names)
 
 
 def content_digest(source: str) -> str:

@@ -80,18 +80,28 @@ def generate(
     *,
     batch_size: int = 16,
     max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Continue token-id prompts greedily, batched; return the decoded continuations in order.
+    """Continue token-id prompts, batched; return the decoded continuations in order.
 
-    Prompts of similar length share a batch. ``on_batch`` is called with each batch's size.
+    Prompts of similar length share a batch. Temperature 0 is greedy; else tokens are drawn, the
+    same ones each time, and torch's random state is left as it was. ``on_batch`` is called with
+    each batch's size.
     """
     import torch
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     was_training = model.training
     model.eval()
+    random_state = torch.get_rng_state()
+    torch.manual_seed(0)
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -101,7 +111,7 @@ def generate(
                     input_ids=ids.to(model.device),
                     attention_mask=mask.to(model.device),
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
+                    **sampling,
                     num_beams=1,
                     pad_token_id=int(tokenizer.pad_token_id),
                     eos_token_id=int(tokenizer.eos_token_id),
@@ -112,6 +122,7 @@ def generate(
             if on_batch is not None:
                 on_batch(len(chosen))
     finally:
+        torch.set_rng_state(random_state)
         model.train(was_training)
     return texts
 

@@ -88,6 +88,16 @@ class RunOptions:
         "finite",
         least=0,
     )
+    diagnostics_every: int = option(
+        0,
+        "measure ranks and alignment of the adapters every so many steps, into diagnostics.jsonl; "
+        "0 is never",
+        least=0,
+        learned=False,
+    )
+    diagnostics_layers: str | None = option(
+        None, "regular expression: only adapters whose name it finds something in", learned=False
+    )
     save_full_model: bool = option(
         True, "full fine-tuning: save the model's weights", learned=False
     )

@@ -46,7 +46,7 @@ from lorapro.experiments.config import (
 )
 from lorapro.experiments.errors import UserError, check_name
 from lorapro.experiments.methods import METHODS, find_method
-from lorapro.experiments.tasks import TASKS, find_task
+from lorapro.experiments.tasks import FAMILIES, TASKS, find_task
 from lorapro.experiments.toys import cut, toy_values
 from lorapro.experiments.yaml_file import read_yaml
 
@@ -333,10 +333,11 @@ def _cells(
         values = {**shared, **of_task, **of_method}
         if toy:
             entry = TASKS[of_task["task"]]
-            with_defaults = {**entry.values, **_defaults(used), **values}
+            with_defaults = {**_defaults(used), **entry.values, **values}
             small = cut(with_defaults)
             values = {k: v for k, v in small.items() if not _foreign(k, used)}
             values |= toy_values(entry.name)
+            values = FAMILIES[entry.family].toy(values)
             values.pop("data_config", None)
         rates = rates or task_rates or (find_method(of_method["method"]).learning_rate,)
         folder = where / "runs" / task / label

@@ -8,7 +8,9 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +100,29 @@ def _train(
         save_initial(model, folder / folders.INITIAL)
     clock, watch = StepClock(on_step), DivergenceWatch(config.run.divergence)
     callbacks = [clock, watch, MetricsLog(folder), *method.adapter.callbacks(config.adapter)]
+    if config.run.diagnostics_every and not method.trains_all:
+        from lorapro.diagnostics import AlignmentCallback
+
+        every, layers = config.run.diagnostics_every, config.run.diagnostics_layers
+        callbacks.append(AlignmentCallback(every=every, layers=layers))
     trainer = make_trainer(config, family, model, optimizer, callbacks)
     if on_step is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
     reset_peak_memory()
     set_seed(config.training.seed)  # dropout, from here on alike for all methods
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if method.adapter.trains:
+        with _merged_is_saved_too():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    else:
+        model.requires_grad_(False)
     trainable, parameters = count_parameters(model)
     result: dict[str, Any] = {
         **_about(config, family, trainer),
         "cost": {
             "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,
             "peak_memory_bytes": peak_memory(),
-            "optimizer_state_bytes": tensor_bytes(trainer.optimizer.state),  # type: ignore[union-attr]
+            "optimizer_state_bytes": tensor_bytes(getattr(trainer.optimizer, "state", {})),
             "trainable_parameters": trainable,
             "parameters": parameters,
             "device": str(trainer.args.device),
@@ -221,6 +232,15 @@ def _write_items(path: Path, items: Any) -> None:
     scratch.replace(path)
 
 
+@contextmanager
+def _merged_is_saved_too() -> Iterator[None]:
+    """Saving an adapter that is none of the original base's, without its warning."""
+    with warnings.catch_warnings():
+        for message in ("the base weights were decayed", "adapter .* did not start at"):
+            warnings.filterwarnings("ignore", message, UserWarning)
+        yield
+
+
 def base_moves(config: RunConfig) -> bool:
     """Whether training changes base weights, which an adapter alone does not hold."""
     when = config.method.optimizer.changes_base
@@ -231,6 +251,8 @@ def _save(config: RunConfig, model: Any, family: Family, folder: Path) -> dict[s
     """Save what was trained; return names and paths relative to the folder."""
     from lorapro.export import save_portable
 
+    if not config.method.adapter.trains:
+        return {}
     if config.method.trains_all:
         if not config.run.save_full_model:
             return {}
@@ -239,13 +261,15 @@ def _save(config: RunConfig, model: Any, family: Family, folder: Path) -> dict[s
         return {"model": folders.MODEL}
     moved = base_moves(config)
     if config.method.start.at_zero or moved:
-        model.save_pretrained(folder / folders.ADAPTER)
+        with _merged_is_saved_too():
+            model.save_pretrained(folder / folders.ADAPTER)
     else:  # what it learnt, for the original base
         try:
             save_portable(model, folder / folders.ADAPTER)
         except ValueError:  # no plain LoRA, such as DoRA from PiSSA's start
             moved = True
-            model.save_pretrained(folder / folders.ADAPTER)
+            with _merged_is_saved_too():
+                model.save_pretrained(folder / folders.ADAPTER)
     if not moved:
         return {"adapter": folders.ADAPTER}
     merged = model.merge_and_unload()

@@ -6,14 +6,14 @@ forward pass, and the base stays as it was. In both cases the initial factors ar
 adapter layer, in buffers that no checkpoint contains, because an adapter for the original base is
 ``s·B·A − s0·B0·A0``.
 
-Checkpoints hold A and B only. To resume one, write the initial factors beside it once
-(:func:`save_initial`) and read them back on the fresh model (:func:`load_initial`).
+``save_pretrained`` of such a model, and so every checkpoint of ``Trainer``, writes a plain LoRA for
+the original base and the initial factors beside it (``lorapro.export_guard``). To resume without
+initialising again, read them back on the fresh model (``lorapro.lora_ga.load_initial``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASES",
-    "INITIAL_FILE",
     "InitialFactors",
     "attach",
     "check_can_attach",
+    "guard",
+    "initial_layers",
     "initial_of",
-    "load_initial",
+    "keep",
     "remember_initial",
-    "save_initial",
     "share_initial",
+    "subtract",
 ]
 
 BASES = ("subtract", "frozen")
-INITIAL_FILE = "lora_ga_initial.safetensors"
 # Attribute of an adapter layer that maps adapter names to their InitialFactors.
 HOLDER = "initial_factors"
 
@@ -148,10 +148,7 @@ def attach(layer: AdaptedLayer, A: Tensor, B: Tensor, base: str, *, set_factors:
     # Rounded as the adapter will hold them, so that what is subtracted is what is added.
     A, B = A.to(pair.A), B.to(pair.B)
     if base == "subtract":
-        work = torch.promote_types(layer.dtype, layer.weight.dtype)
-        A_k, B_k = layer.factors(A.to(work), B.to(work))
-        delta = layer.from_matrices(pair.scaling * (B_k @ A_k))
-        layer.weight.data.copy_(layer.weight.data.to(work) - delta.to(layer.weight.device))
+        subtract(layer, A, B, pair.scaling)
     if set_factors:
         pair.A.data.copy_(A)
         pair.B.data.copy_(B)
@@ -160,6 +157,14 @@ def attach(layer: AdaptedLayer, A: Tensor, B: Tensor, base: str, *, set_factors:
         from lorapro.lora_ga.frozen import freeze
 
         freeze(layer)
+
+
+def subtract(layer: AdaptedLayer, A: Tensor, B: Tensor, scaling: float) -> None:
+    """``W0 ← W0 − scaling·B·A``."""
+    work = torch.promote_types(layer.dtype, layer.weight.dtype)
+    A_k, B_k = layer.factors(A.to(work), B.to(work))
+    delta = layer.from_matrices(scaling * (B_k @ A_k))
+    layer.weight.data.copy_(layer.weight.data.to(work) - delta.to(layer.weight.device))
 
 
 def keep(module: nn.Module, adapter: str, initial: InitialFactors) -> None:
@@ -203,6 +208,7 @@ def remember_initial(model: nn.Module, adapter: str | None = None) -> int:
         if pair.A.any() and pair.B.any():
             keep(module, adapter, InitialFactors(pair.A, pair.B, pair.scaling, "subtract"))
             count += 1
+    guard(model)
     return count
 
 
@@ -214,100 +220,11 @@ def initial_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Initia
             yield name, found
 
 
-def save_initial(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Path:
-    """Write the initial factors as ``lora_ga_initial.safetensors`` in ``folder``.
+def guard(model: nn.Module) -> None:
+    """Let the model save what works on the original base (``lorapro.export_guard``)."""
+    from lorapro.export_guard import guard_saving
 
-    Write it once, into the output folder, right after initialising: checkpoints hold the trained
-    factors only, and a model to resume them on needs these.
-
-    Args:
-        model: a model with initial factors.
-        folder: made if it is not there.
-        adapter: name of the adapter; ``None`` if there is one.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        ValueError: the adapter has no initial factors.
-    """
-    from safetensors.torch import save_file
-
-    adapter = resolve_adapter(model, adapter)
-    tensors: dict[str, Tensor] = {}
-    bases = set()
-    for name, initial in initial_layers(model, adapter):
-        tensors[f"{name}.A"] = initial.A.detach().cpu().contiguous()
-        tensors[f"{name}.B"] = initial.B.detach().cpu().contiguous()
-        tensors[f"{name}.scaling"] = torch.tensor(initial.scaling, dtype=torch.float64)
-        bases.add(initial.base)
-    if not tensors:
-        raise ValueError(
-            f"adapter {adapter!r} has no initial factors; initialise it first "
-            "(lorapro.lora_ga.initialize), or remember_initial for PiSSA and its like."
-        )
-    path = Path(folder) / INITIAL_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt", "base": ",".join(sorted(bases))})
-    return path
-
-
-def load_initial(model: nn.Module, folder: str | Path, adapter: str | None = None) -> int:
-    """Do again what an earlier initialisation did, from the file of :func:`save_initial`.
-
-    On a fresh adapter (``B·A = 0``) the factors become the initial ones; on a trained adapter that
-    was loaded from a checkpoint they stay, and only ``−s0·B0·A0`` is put in place.
-
-    Args:
-        model: the same base and adapter configuration as before, not initialised.
-        folder: the folder (or the file itself).
-        adapter: name of the adapter; ``None`` if there is one.
-
-    Returns:
-        Number of layers restored.
-
-    Raises:
-        ValueError: another model, other shapes or scalings, or initial factors already in place.
-        FileNotFoundError: no such file.
-    """
-    from safetensors import safe_open
-
-    adapter = resolve_adapter(model, adapter)
-    path = Path(folder)
-    path = path / INITIAL_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no initial factors at {path}; expected {INITIAL_FILE} there.")
-    with safe_open(path, framework="pt") as stream:
-        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-        base = (stream.metadata() or {}).get("base", "subtract")
-    for name, _ in initial_layers(model, adapter):
-        raise ValueError(f"{name} is initialised already; load into a fresh model.")
-    names = list(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
-    with as_if_trained(model, adapter):
-        layers = {x.name: x for x in adapted_layers(model, adapter)[0]}
-    missing = [name for name in names if name not in layers]
-    if missing:
-        raise ValueError(f"{path} is of another model: it has {missing[0]}, this model has not.")
-    chosen = [layers[name] for name in names]
-    for x in chosen:
-        A, B = tensors[f"{x.name}.A"], tensors[f"{x.name}.B"]
-        if A.shape != x.pair.A.shape or B.shape != x.pair.B.shape:
-            raise ValueError(
-                f"{x.name}: saved A {tuple(A.shape)} and B {tuple(B.shape)}, expected "
-                f"{tuple(x.pair.A.shape)} and {tuple(x.pair.B.shape)} (another rank?)."
-            )
-        if abs(float(tensors[f"{x.name}.scaling"]) - x.pair.scaling) > 1e-9 * x.pair.scaling:
-            raise ValueError(
-                f"{x.name}: saved with scaling {float(tensors[f'{x.name}.scaling'])}, this adapter "
-                f"has {x.pair.scaling}; use the same lora_alpha, r and use_rslora."
-            )
-    reasons = check_can_attach(chosen, model, base)
-    if reasons:
-        raise ValueError(reasons[0])
-    for x in chosen:
-        fresh = not (x.pair.A.any() and x.pair.B.any())
-        attach(x, tensors[f"{x.name}.A"], tensors[f"{x.name}.B"], base, set_factors=fresh)
-    return len(chosen)
+    guard_saving(model)
 
 
 def share_initial(model: nn.Module, source: str, target: str) -> int:

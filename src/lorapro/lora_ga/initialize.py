@@ -20,7 +20,7 @@ from lorapro.factors import adapters_of, from_A, from_B
 from lorapro.lora_ga import decompose
 from lorapro.lora_ga.capture import Loss, quiet
 from lorapro.lora_ga.estimate import ESTIMATORS, Directions, exact, passes_needed, sketch
-from lorapro.lora_ga.initial import BASES, attach, check_can_attach, initial_of
+from lorapro.lora_ga.initial import BASES, attach, check_can_attach, guard, initial_of
 from lorapro.lora_ga.layers import AdaptedLayer, adapted_layers, resolve_adapter
 from lorapro.lora_ga.recipe import Recipe, Result
 from lorapro.lora_ga.report import LayerReport, LoraGaReport
@@ -186,6 +186,7 @@ def initialize(
             "with gradients enabled?"
         )
     rows = _put_in_place(layers, results, base)
+    guard(model)
     return LoraGaReport(
         layers=rows,
         untouched=tuple(untouched),

@@ -70,6 +70,10 @@ def create_lorapro_optimizer(
     if optimizer == "adamw" and options.get("mode", "efficient") == "efficient":
         options.setdefault("steady", True)
     groups = lora_param_groups(model, adapter=adapter, on_unaligned=on_unaligned)
+    if options.get("mode") == "full" and options.get("weight_decay"):
+        from lorapro.export_guard import guard_saving
+
+        guard_saving(model)  # no adapter holds the base that decays
     if lr is None:
         options["lr"] = chosen_rate(optimizer, options.get("mode", "efficient"))
     return OPTIMIZERS[optimizer](groups, **options)

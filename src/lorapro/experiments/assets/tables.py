@@ -11,7 +11,7 @@ import csv
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "table_from_sources",
     "text_to_text",
     "vitaminc",
+    "write_rows",
 ]
 
 Row = dict[str, Any]
@@ -46,7 +47,7 @@ def table_from_folders(source: Path, target: Path) -> None:
     if not files:
         raise UserError("the package holds no text files in folders named after their labels")
     rows = ({"text": _decode(f.read_bytes()).strip(), "label": f.parent.name} for f in files)
-    _write(target / "table.jsonl", rows)
+    write_rows(target / "table.jsonl", rows)
 
 
 def table_from_sources(source: Path, target: Path) -> None:
@@ -57,7 +58,7 @@ def table_from_sources(source: Path, target: Path) -> None:
     """
     files = sorted(f for f in source.rglob("*.py") if "tests" not in f.relative_to(source).parts)
     blocks = (b for f in files for b in f.read_text(encoding="utf-8").split("\n\n\n"))
-    _write(target / "table.jsonl", ({"text": b.strip()} for b in blocks if b.strip()))
+    write_rows(target / "table.jsonl", ({"text": b.strip()} for b in blocks if b.strip()))
 
 
 def rotten_tomatoes(source: Path, target: Path) -> None:
@@ -69,7 +70,7 @@ def rotten_tomatoes(source: Path, target: Path) -> None:
             for row in csv.DictReader(stream)
             if row["source"] == "rotten_tomatoes"
         ]
-    _write(target / "table.jsonl", rows)
+    write_rows(target / "table.jsonl", rows)
 
 
 def splits_from_orange(source: Path, target: Path) -> None:
@@ -84,7 +85,7 @@ def splits_from_orange(source: Path, target: Path) -> None:
             if header[0] != ["Category", "Text"]:
                 raise UserError(f"expected the columns Category, Text, found {header[0]}")
             filled = (line for line in lines if any(line))
-            _write(target / f"{split}.jsonl", ({"text": t, "label": c} for c, t in filled))
+            write_rows(target / f"{split}.jsonl", ({"text": t, "label": c} for c, t in filled))
 
 
 def vitaminc(source: Path, target: Path) -> None:
@@ -103,14 +104,14 @@ def vitaminc(source: Path, target: Path) -> None:
         row = {"premise": premise, "hypothesis": hypothesis, "label": label.lower()}
         splits[split].append(row)
     for split, rows in splits.items():
-        _write(target / f"{split}.jsonl", rows)
+        write_rows(target / f"{split}.jsonl", rows)
 
 
 def text_to_text(source: Path, target: Path) -> None:
     """Write ``train.jsonl`` (``instruction``, ``output``, ``kind``) from inputs and targets."""
     names = {"input": "instruction", "target": "output", "comment": "kind"}
     rows = ({name: e[key] for key, name in names.items()} for e in _examples(source))
-    _write(target / "train.jsonl", rows)
+    write_rows(target / "train.jsonl", rows)
 
 
 def cifar10(source: Path, target: Path) -> None:
@@ -155,7 +156,8 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def _write(path: Path, rows: Iterable[Row] | Iterator[Row]) -> None:
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSON lines."""
     with path.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -68,6 +68,7 @@ class Adapter:
         options: dataclass of its keys.
         config: makes the ``PeftConfig``; ``None`` trains every weight.
         callbacks: makes Trainer's callbacks from the options.
+        trains: whether anything is.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Adapter:
     options: type = LoraOptions
     config: Maker | None = None
     callbacks: Callable[[Any], list[Any]] = lambda options: []
+    trains: bool = True
 
 
 def _lora(**fixed: Any) -> Maker:
@@ -118,6 +120,7 @@ ADAPTERS: dict[str, Adapter] = {
     adapter.name: adapter
     for adapter in (
         Adapter("full", "every weight", NoOptions),
+        Adapter("untrained", "the model as it is, untrained", NoOptions, trains=False),
         Adapter("lora", "LoRA, scaling alpha/r", config=_lora()),
         Adapter("rslora", "LoRA, scaling alpha/sqrt(r)", config=_lora(use_rslora=True)),
         Adapter("dora", "DoRA, scaling alpha/r", config=_lora(use_dora=True)),

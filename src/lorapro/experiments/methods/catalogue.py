@@ -33,6 +33,8 @@ class Method:
     @property
     def about(self) -> str:
         """One line for tables and help."""
+        if not self.adapter.trains:
+            return self.adapter.about
         parts = [self.adapter.about, self.optimizer.about]
         if self.start.name != "zero":
             parts.insert(1, self.start.about)
@@ -62,6 +64,7 @@ def _method(
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
+        _method("zero-shot", 1e-4, "untrained"),
         _method("full", 1e-4, "full"),
         _method("full-muon", 2e-4, "full", optimizer="muon"),
         _method("lora", 1e-3),

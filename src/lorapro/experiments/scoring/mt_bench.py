@@ -119,7 +119,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             "(the asset mt-bench is one)"
         )
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise UserError(f"cannot read {path}: {error}") from error
 

@@ -80,6 +80,7 @@ class Family(ABC):
 
     Class attributes:
         options: dataclass of the family's keys.
+        named_labels: read labels that the hub stores as numbers by their names.
         peft_task_type: name of a ``peft.TaskType``, ``None`` where PEFT has none.
         head: name of the module that starts afresh and is trained in full beside the adapters,
             ``None`` where there is none or PEFT knows it from the task type.
@@ -92,6 +93,7 @@ class Family(ABC):
     """
 
     options: ClassVar[type] = NoOptions
+    named_labels: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = None
     head: ClassVar[str | None] = None
 
@@ -108,7 +110,7 @@ class Family(ABC):
         data = run.data or entry.data
         if data is None:
             raise UserError(f"task {entry.name!r} needs 'data': a file, a folder or a hub id")
-        self.data_name: str = data
+        self.data_name = _part_of(data, entry)
         self.data_config = run.data_config or (entry.data_config if run.data is None else None)
         self.whole_test = False
 
@@ -121,6 +123,11 @@ class Family(ABC):
             given: keys of the config, ours and Trainer's.
         """
         return {}
+
+    @classmethod
+    def toy(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values of a toy run, cut down already, without what no toy can have."""
+        return values
 
     def prepare(self, log: Callable[[str], None] | None = None, limit: int | None = None) -> None:
         """Fetch what is missing, read the data, encode it.
@@ -147,7 +154,7 @@ class Family(ABC):
 
         ``keys`` is added to the error for a missing column: which keys name the columns.
         """
-        splits = load_rows(self.data_name, self.data_config)
+        splits = load_rows(self.data_name, self.data_config, names=self.named_labels)
         if "train" not in splits:
             raise UserError(f"{self.data_name} has no split 'train'; it has: {', '.join(splits)}")
         columns = self.columns_used()
@@ -252,6 +259,14 @@ class TextFamily(Family):
     def load_processor(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
         return load_tokenizer(self.model_path, self.model_name)
+
+
+def _part_of(data: str, entry: TaskEntry) -> str:
+    """A task's folder, by its name or configuration, in a folder of several tasks' data."""
+    for name in (entry.name, entry.data_config):
+        if name is not None and (part := Path(data).expanduser() / name).is_dir():
+            return str(part)
+    return data
 
 
 def load_tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:

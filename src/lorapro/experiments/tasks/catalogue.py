@@ -6,8 +6,14 @@ from lorapro.experiments.errors import check_name
 from lorapro.experiments.options import RunOptions
 from lorapro.experiments.tasks.base import Family, TaskEntry
 from lorapro.experiments.tasks.causal import Causal
+from lorapro.experiments.tasks.clip import Clip
+from lorapro.experiments.tasks.clip_tasks import CLIP_TASKS
+from lorapro.experiments.tasks.glue import GLUE_TASKS, Glue
+from lorapro.experiments.tasks.glue_encoder import GLUE_ENCODER_TASKS
 from lorapro.experiments.tasks.gsm8k import gsm8k_row
 from lorapro.experiments.tasks.images import Images
+from lorapro.experiments.tasks.instruct import INSTRUCT_TASKS, Instruct
+from lorapro.experiments.tasks.local_tasks import LOCAL_TASKS
 from lorapro.experiments.tasks.seq2seq import Seq2Seq
 from lorapro.experiments.tasks.text_classification import TextClassification
 
@@ -16,8 +22,11 @@ __all__ = ["FAMILIES", "TASKS", "find_task", "make_family", "option_classes"]
 FAMILIES: dict[str, type[Family]] = {
     "text_classification": TextClassification,
     "seq2seq": Seq2Seq,
+    "glue": Glue,
     "causal": Causal,
+    "instruct": Instruct,
     "images": Images,
+    "clip": Clip,
 }
 
 _ENTRIES = (
@@ -61,6 +70,9 @@ _ENTRIES = (
         values={"format": "text"},
         toy=("llama", "texts"),
     ),
+    # The papers' tasks in words: GLUE on T5; chat, mathematics and code on Llama.
+    *GLUE_TASKS,
+    *INSTRUCT_TASKS,
     # Images and a label.
     TaskEntry(
         "images",
@@ -71,6 +83,9 @@ _ENTRIES = (
         metric="accuracy",
         toy=("dinov2", "idx_images"),
     ),
+    *CLIP_TASKS,
+    *GLUE_ENCODER_TASKS,
+    *LOCAL_TASKS,
 )
 
 TASKS: dict[str, TaskEntry] = {entry.name: entry for entry in _ENTRIES}

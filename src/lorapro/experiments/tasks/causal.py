@@ -14,6 +14,7 @@ from lorapro.experiments.options import option
 from lorapro.experiments.tasks.base import Examples, TextFamily, load_pretrained, shuffled, take
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -199,8 +200,21 @@ class Causal(TextFamily):
         return DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
 
     def item_scores(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Mean loss a token of each example."""
-        return token_scores(outputs.logits[:, :-1], batch["labels"][:, 1:])
+        """Mean loss a token of each example, and whether it would say the answer word for word.
+
+        Each token of an answer that is the most probable one after the tokens before it: just then
+        greedy decoding gives this answer.
+        """
+        logits, labels = outputs.logits[:, :-1], batch["labels"][:, 1:]
+        scores = token_scores(logits, labels)
+        if getattr(self.args, "format", "prompt") == "prompt":
+            right = (logits.argmax(-1) == labels) | (labels == IGNORED)
+            scores["correct"] = right.all(-1).float()
+        return scores
+
+    def metrics(self, items: Mapping[str, ndarray]) -> dict[str, float]:
+        """Share of answers that greedy decoding would give word for word."""
+        return {"answer_accuracy": float(items["correct"].mean())} if "correct" in items else {}
 
     @property
     def final_samples(self) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorapro.experiments.data import Row
@@ -15,10 +16,18 @@ from lorapro.experiments.tasks.base import Examples, Family, load_pretrained
 from lorapro.experiments.tasks.labelled import Labelled, split_labelled
 
 if TYPE_CHECKING:
+    import PIL.Image
     from numpy import ndarray
     from transformers import PreTrainedModel
 
-__all__ = ["Images", "ImagesOptions", "PixelCollator", "to_pixels"]
+__all__ = [
+    "Images",
+    "ImagesOptions",
+    "PixelCollator",
+    "image_digest",
+    "open_image",
+    "to_pixels",
+]
 
 
 @dataclass
@@ -52,7 +61,10 @@ class Images(Labelled, Family):
         column = self.args.image_column
         hint = " (set image_column and label_column)"
         splits, self.labels = split_labelled(
-            self, self.args.label_column, hint, lambda row: _digest(row[column], self.data_name)
+            self,
+            self.args.label_column,
+            hint,
+            lambda row: image_digest(row[column], self.data_name),
         )
         return splits
 
@@ -181,6 +193,17 @@ def to_pixels(image: Any, size: int, source: str) -> ndarray:
     import numpy as np
     from PIL import Image
 
+    pixels = open_image(image, source)
+    if pixels.size != (size, size):
+        pixels = pixels.resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(pixels)
+
+
+def open_image(image: Any, source: str) -> PIL.Image.Image:
+    """Return an image decoded, grey (mode ``L``) or RGB; arguments as of :func:`to_pixels`."""
+    import numpy as np
+    from PIL import Image
+
     try:
         if isinstance(image, np.ndarray):
             opened = Image.fromarray(image)
@@ -192,18 +215,15 @@ def to_pixels(image: Any, size: int, source: str) -> ndarray:
         else:
             raise _not_an_image(image, source)
         grey = opened.mode in ("1", "L")
-        pixels = opened.convert("L" if grey else "RGB")
+        return opened.convert("L" if grey else "RGB")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"an image of {source} cannot be decoded: {error}") from error
-    if pixels.size != (size, size):
-        pixels = pixels.resize((size, size), Image.Resampling.BICUBIC)
-    return np.array(pixels)
 
 
-def _digest(image: Any, source: str) -> bytes:
+def image_digest(image: Any, source: str) -> bytes:
     """Hash what an image is stored as: exact copies agree."""
     if isinstance(image, dict):
-        content = image.get("bytes") or str(image.get("path")).encode()
+        content = image.get("bytes") or Path(str(image.get("path"))).read_bytes()
     elif hasattr(image, "tobytes"):
         content = image.tobytes()
     else:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorapro.experiments.data import Row
+from lorapro.experiments.data import Row, load_rows, require_columns
+from lorapro.experiments.errors import UserError
 from lorapro.experiments.options import option
 from lorapro.experiments.tasks.base import Examples, TextFamily, load_pretrained
 from lorapro.experiments.tasks.labelled import Labelled, distinct_rows, split_labelled
@@ -29,6 +30,7 @@ class TextClassificationOptions:
         None, "column of a second text, for pairs (premise and hypothesis)"
     )
     label_column: str = option("label", "column of the label")
+    test_split: str = option("test", "split that is the test set, such as GLUE's validation")
     max_length: int = option(128, "longest sequence, in tokens", least=2)
 
 
@@ -63,6 +65,23 @@ class TextClassification(Labelled, TextFamily):
     def _texts(self) -> tuple[str, ...]:
         second = self.args.second_text_column
         return (self.args.text_column,) if second is None else (self.args.text_column, second)
+
+    def rows(self, keys: str = "") -> dict[str, list[Row]]:
+        """Read the splits; another split than ``test`` may be the test set."""
+        name = self.args.test_split
+        if name == "test":
+            return super().rows(keys)
+        splits = load_rows(self.data_name, self.data_config)
+        name = name if name in splits else "validation"  # local files have no validation_matched
+        for wanted in ("train", name):
+            if wanted not in splits:
+                raise UserError(
+                    f"{self.data_name} has no split {wanted!r}; it has: {', '.join(splits)}"
+                )
+            require_columns(
+                splits[wanted], self.columns_used(), f"{self.data_name} ({wanted})", keys
+            )
+        return {"train": splits["train"], "test": splits[name]}
 
     def split_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
         """Read, check, deduplicate, split."""

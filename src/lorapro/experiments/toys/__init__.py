@@ -44,6 +44,7 @@ _AT_MOST = {
     "max_source_length": 48,
     "max_target_length": 16,
     "max_new_tokens": 8,
+    "diagnostics_every": 1,
     "generation_samples": 4,
     "generation_batch_size": 4,
     "max_train_tokens": 1024,
@@ -67,6 +68,7 @@ _SET = {
     "deepspeed": None,
     "fsdp": None,
     "fsdp_config": None,
+    "diagnostics_layers": None,
     "use_cpu": True,
 }
 
@@ -114,6 +116,7 @@ def toy_values(task: str) -> dict[str, Any]:
 def _make(model: str, data: str) -> Path:
     from lorapro.experiments.toys.data import DATA
     from lorapro.experiments.toys.models import MODELS
+    from lorapro.experiments.toys.papers import PAPER_DATA
 
     final = cache_folder() / "toys" / f"{model}-{data}-{_version()}"
     listing = final / "toy.json"
@@ -123,7 +126,7 @@ def _make(model: str, data: str) -> Path:
             work = Path(scratch) / "toy"
             for part in ("model", "data"):
                 (work / part).mkdir(parents=True)
-            opened, texts = DATA[data](work / "data")
+            opened, texts = {**DATA, **PAPER_DATA}[data](work / "data")
             MODELS[model](work / "model", texts)
             paths = {"model": final / "model", "data": final / opened.relative_to(work)}
             text = json.dumps({name: str(path) for name, path in paths.items()})

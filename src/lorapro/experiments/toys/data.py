@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorapro.experiments.toys.clip import named_images
+
 __all__ = ["DATA", "write_jsonl"]
 
 Writer = Callable[[Path], tuple[Path, list[str]]]
@@ -60,6 +62,37 @@ def labelled_texts(folder: Path) -> tuple[Path, list[str]]:
     return folder / "table.csv", [text for text, _ in rows]
 
 
+def labelled_pairs(folder: Path) -> tuple[Path, list[str]]:
+    """JSON lines of ``premise``, ``hypothesis`` and ``label``: does the second say the same?"""
+    rows, rng = [], random.Random(0)
+    for number in range(160):
+        thing, other = rng.sample(WORDS["neutral"].split(), 2)
+        same = number % 2 == 0
+        rows.append(
+            {
+                "premise": f"Page {number}: the {thing} stands here .",
+                "hypothesis": f"the {thing if same else other} stands here .",
+                "label": "true" if same else "false",
+            }
+        )
+    write_jsonl(folder / "train.jsonl", rows)
+    return folder, [f"{row['premise']} {row['hypothesis']}" for row in rows]
+
+
+def rewritten_sentences(folder: Path) -> tuple[Path, list[str]]:
+    """JSON lines of ``instruction`` and ``output``: a sentence and its question."""
+    from lorapro.experiments.tasks.instruct import ALPACA
+
+    words = WORDS["neutral"].split()
+    pairs = [(a, b, c) for a in words for b in words for c in ("small", "red", "old")]
+    rows = [
+        {"instruction": f"the {c} {a} is a {b}", "output": f"is the {c} {a} a {b}"}
+        for a, b, c in pairs
+    ]
+    write_jsonl(folder / "train.jsonl", rows)
+    return folder, [f"{ALPACA.format(**row)} {row['output']}" for row in rows]
+
+
 def texts(folder: Path) -> tuple[Path, list[str]]:
     """JSON lines of ``text``, several sentences each."""
     rows = [text for text, _ in sentences(960)]
@@ -108,7 +141,10 @@ def idx_images(folder: Path) -> tuple[Path, list[str]]:
 DATA: dict[str, Writer] = {
     "tweets": tweets,
     "labelled_texts": labelled_texts,
+    "labelled_pairs": labelled_pairs,
+    "rewritten_sentences": rewritten_sentences,
     "texts": texts,
     "gsm8k": gsm8k,
     "idx_images": idx_images,
+    "named_images": named_images,
 }

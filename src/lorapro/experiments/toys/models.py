@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorapro.experiments.toys.clip import clip
+
 __all__ = ["MODELS", "save_tokenizer"]
 
 Writer = Callable[[Path, list[str]], None]
@@ -175,4 +177,5 @@ MODELS: dict[str, Writer] = {
     "llama_base": llama_base,
     "t5": t5,
     "dinov2": dinov2,
+    "clip": clip,
 }

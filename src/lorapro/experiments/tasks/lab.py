@@ -105,7 +105,7 @@ class Planted(HiddenText):
         model = super().load_model()
         if self.teacher is None:
             self.teacher = self._plant(super().load_model())
-        model.loss_function = self._loss  # type: ignore[assignment]
+        model.loss_function = self._loss
         return model
 
     def _plant(self, teacher: PreTrainedModel) -> PreTrainedModel:

@@ -44,7 +44,10 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status (0 done, 2 bad input, 130 interrupted)."""
+    """Run the command line; return its exit status.
+
+    0: done, 1: a run of a comparison failed, 2: bad input, 130: interrupted.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not given or given[0] in ("-h", "--help", "help"):
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"lorapro {version('lorapro')}")
             return 0
         name = check_name("command", given[0], COMMANDS)
-        importlib.import_module(f"lorapro.cli.{name}").run(given[1:])
+        return importlib.import_module(f"lorapro.cli.{name}").run(given[1:]) or 0
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
@@ -76,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ file                    what it holds
                         set, the same for all methods and seeds: ``loss``, ``weight`` (labels in
                         it), and where they mean something ``correct``, ``prediction``, ``label``
 ``predictions.jsonl``   what was generated, one object a test row, with ``correct``
+``samples.jsonl``       answers to a few test prompts, beside what the data says
 ``adapter``, ``model``, what was trained; ``merged`` where the base weights changed too
 ``merged``
 ``initial``             first factors of an adapter that did not start at ``B·A = 0``
@@ -27,8 +28,9 @@ file                    what it holds
     model, data           asset, hub id or path
     rank, alpha           null where the method has none
     learning_rate, seed, batch_size (examples a step), steps, tokens or null
-    metrics               {"validation": {"loss": ..., "accuracy": ...}, "test": {...}};
-                          null for a loss that is not finite
+    metrics               {"validation": {"loss": ..., "accuracy": ...}, "test": {...}}, with
+                          eval_on_start also "before", of the validation set before the first
+                          step; null for a loss that is not finite
     metric                name of the task's main metric, higher is better; null if there is none
     cost                  seconds, seconds_per_step (median), peak_memory_bytes,
                           optimizer_state_bytes, trainable_parameters, parameters, device
@@ -50,7 +52,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ __all__ = [
     "PREDICTIONS",
     "RESULT",
     "RUN",
-    "BusyError",
+    "SAMPLES",
     "claim",
     "clear",
     "last_checkpoint",
@@ -82,14 +84,11 @@ __all__ = [
 
 CONFIG, RUN, RESULT, ERROR = "config.yaml", "run.json", "result.json", "error.txt"
 METRICS, ITEMS, PREDICTIONS = "metrics.jsonl", "items.npz", "predictions.jsonl"
+SAMPLES = "samples.jsonl"
 ADAPTER, MODEL, MERGED = "adapter", "model", "merged"
 INITIAL = "initial"  # first factors of a start away from zero, which the checkpoints need
 LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-class BusyError(UserError):
-    """Another process trains this run."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -164,13 +163,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def clear(folder: Path) -> None:
     """Remove what a run writes, and nothing else."""
-    (folder / RESULT).unlink(missing_ok=True)
+    for name in (RESULT, RUN, CONFIG, METRICS, ITEMS, PREDICTIONS, SAMPLES, ERROR):
+        (folder / name).unlink(missing_ok=True)
     clear_checkpoints(folder)
     for name in (ADAPTER, MODEL, MERGED, INITIAL):
         shutil.rmtree(folder / name, ignore_errors=True)
-    # The folder's name tag goes last: killed on the way, it is still this run's.
-    for name in (METRICS, ITEMS, PREDICTIONS, "diagnostics.jsonl", ERROR, CONFIG, RUN):
-        (folder / name).unlink(missing_ok=True)
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -206,7 +203,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder against other processes; a killed process holds nothing.
 
     Raises:
-        BusyError: another process trains this run now.
+        UserError: another process trains this run now.
     """
     try:
         import fcntl
@@ -222,21 +219,18 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BusyError(f"another process is training the run in {folder}") from None
+            raise UserError(f"another process is training the run in {folder}") from None
         yield
 
 
-def last_checkpoint(folder: Path, more: Sequence[str] = ()) -> Path | None:
-    """Return the complete checkpoint with the most steps, if any; ``more`` files belong to it.
-
-    Trainer writes ``trainer_state.json`` last: with it whole, the rest is.
-    """
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the complete checkpoint with the most steps, if any."""
     steps = {
         int(match.group(1)): path
         for path in folder.glob("checkpoint-*")
         if (match := _CHECKPOINT.fullmatch(path.name))
-        and _read(path / "trainer_state.json") is not None
-        and all((path / name).is_file() for name in ("optimizer.pt", *more))
+        and (path / "trainer_state.json").is_file()
+        and (path / "optimizer.pt").is_file()
     }
     return steps[max(steps)] if steps else None
 

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["add_adapter", "build_model", "check_optimizer", "count_parameters", "total_steps"]
 
 
-def build_model(config: RunConfig, family: Family, *, initialize: bool = True) -> Any:
+def build_model(config: RunConfig, family: Family) -> Any:
     """Return the model of ``config``: pretrained weights, fresh head and adapter, initialised.
-
-    Without ``initialize`` what the start computes from training batches is left out.
 
     Seeded twice, before the head and before the adapter: a seed gives the same head to every method
     and the same adapter to every adapter method.
@@ -37,7 +35,7 @@ def build_model(config: RunConfig, family: Family, *, initialize: bool = True) -
     if not method.trains_all:
         set_seed(seed)
         model = add_adapter(model, config, family)
-        if method.start.initialize is not None and initialize:
+        if method.start.initialize is not None:
             try:
                 method.start.initialize(model, start_batches(config, family), config.start)
             except ValueError as error:

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,7 @@ def run(
         state = folders.run_state(config)  # again: another process may have had it meanwhile
         if state == "finished":
             return folders.read_result(folder)
-        files = config.method.adapter.checkpoint_files(config.adapter)
-        checkpoint = folders.last_checkpoint(folder, files) if state == "started" else None
+        checkpoint = folders.last_checkpoint(folder) if state == "started" else None
         if state == "started":
             say(f"going on from {checkpoint.name}" if checkpoint else "starting the run anew")
         if checkpoint is None:
@@ -144,7 +143,7 @@ def _train(
         test |= family.final_metrics(model, where, family.final_samples)
     result |= {
         "status": "diverged" if diverged else "finished",
-        "metrics": {"validation": validation, "test": test},
+        "metrics": {**_before(trainer), "validation": validation, "test": test},
         "saved": {} if diverged else _save(config, model, family, folder),
     }
     result["cost"]["seconds"] = time.perf_counter() - started
@@ -214,14 +213,25 @@ def git_revision() -> str | None:
     return head + ("+" if changes else "")
 
 
+def _before(trainer: ItemTrainer) -> dict[str, dict[str, float]]:
+    """Validation metrics before the first step, if they were taken (``eval_on_start``)."""
+    entries = (e for e in trainer.state.log_history if "eval_loss" in e and e.get("step") == 0)
+    first = next(entries, None)
+    return {} if first is None else {"before": _validation_of(first)}
+
+
 def _last_validation(trainer: ItemTrainer) -> dict[str, float]:
     """Validation metrics after the last step, taken from the log if they are there already."""
     history, step = trainer.state.log_history, trainer.state.global_step
     logged = (e for e in reversed(history) if "eval_loss" in e and e.get("step") == step)
-    last = next(logged, None) or trainer.evaluate()
+    last: Mapping[str, Any] | None = next(logged, None)
+    return _validation_of(last or trainer.evaluate())
+
+
+def _validation_of(entry: Mapping[str, Any]) -> dict[str, float]:
     return {
         key.removeprefix("eval_"): float(value)
-        for key, value in last.items()
+        for key, value in entry.items()
         if key.startswith("eval_")
     }
 

@@ -103,6 +103,7 @@ class Family(ABC):
     test_rows: list[Row]
     model_path: str
     processor: Any
+    say: Callable[[str], None]
 
     def __init__(self, entry: TaskEntry, run: RunOptions, options: Any) -> None:
         self.entry, self.run, self.args = entry, run, options
@@ -135,6 +136,7 @@ class Family(ABC):
         With ``limit`` the first that many test rows are kept (0: all of them), where the data's own
         test split counts as a whole. A test set cut from the training rows stays what it was.
         """
+        self.say = log or (lambda _: None)
         self.whole_test = limit is not None
         self.model_path = asset_path(self.model_name, log)
         asset_path(self.data_name, log)
@@ -178,22 +180,35 @@ class Family(ABC):
         """Return the rows of train, validation and test; what has no split is cut from train."""
         run, splits = self.run, self.rows()
         train = shuffled(splits["train"], run.split_seed)
+        available = len(train)
         if "test" in splits:
             count = 0 if self.whole_test else run.test_samples
             test = take(shuffled(splits["test"], run.split_seed), count)
         else:
-            count = run.test_samples or len(train) // 5
+            count = self.held_out("test_samples", available)
             train, test = train[count:], train[:count]
         if "validation" in splits:
             validation = take(splits["validation"], run.validation_samples)
         else:
-            validation, train = train[: run.validation_samples], train[run.validation_samples :]
+            count = self.held_out("validation_samples", available)
+            validation, train = train[:count], train[count:]
         if not train:
             raise UserError(
                 f"{self.data_name} has {len(splits['train'])} training rows: too few to cut "
                 "validation_samples and test_samples from"
             )
         return take(train, run.train_samples), validation, test
+
+    def held_out(self, key: str, available: int) -> int:
+        """How many of the training rows to hold out, for data without such a split.
+
+        The number of ``validation_samples`` or ``test_samples``; where that is only the default,
+        at most a tenth of the rows; a fifth for 0.
+        """
+        wanted, default = getattr(self.run, key), getattr(RunOptions, key)
+        if wanted == 0:
+            return available // 5
+        return min(wanted, max(1, available // 10)) if wanted == default else wanted
 
     @abstractmethod
     def load_processor(self) -> Any:
@@ -240,10 +255,6 @@ class Family(ABC):
         ``correct``.
         """
         return {}
-
-    def evaluation_samples(self, limit: int | None) -> int:
-        """How many rows ``lorapro evaluate`` asks :meth:`final_metrics` for."""
-        return len(self.test_rows)
 
     @property
     def final_samples(self) -> int:

@@ -13,9 +13,9 @@ from lorapro.experiments.tasks.glue_encoder import GLUE_ENCODER_TASKS
 from lorapro.experiments.tasks.gsm8k import gsm8k_row
 from lorapro.experiments.tasks.images import Images
 from lorapro.experiments.tasks.instruct import INSTRUCT_TASKS, Instruct
-from lorapro.experiments.tasks.lab import LAB_TASKS, HiddenText, Planted
 from lorapro.experiments.tasks.local_tasks import LOCAL_TASKS
 from lorapro.experiments.tasks.seq2seq import Seq2Seq
+from lorapro.experiments.tasks.sft import Sft
 from lorapro.experiments.tasks.text_classification import TextClassification
 
 __all__ = ["FAMILIES", "TASKS", "find_task", "make_family", "option_classes"]
@@ -26,8 +26,7 @@ FAMILIES: dict[str, type[Family]] = {
     "glue": Glue,
     "causal": Causal,
     "instruct": Instruct,
-    "hidden_text": HiddenText,
-    "planted": Planted,
+    "sft": Sft,
     "images": Images,
     "clip": Clip,
 }
@@ -76,8 +75,14 @@ _ENTRIES = (
     # The papers' tasks in words: GLUE on T5; chat, mathematics and code on Llama.
     *GLUE_TASKS,
     *INSTRUCT_TASKS,
-    # The laboratory: a small model made here, hidden layers alone.
-    *LAB_TASKS,
+    # Own data.
+    TaskEntry(
+        "sft",
+        "sft",
+        "own conversations, prompts and completions, or texts",
+        model="smollm2-135m-instruct",
+        toy=("llama", "chats"),
+    ),
     # Images and a label.
     TaskEntry(
         "images",

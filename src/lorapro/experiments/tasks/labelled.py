@@ -77,16 +77,18 @@ def split_labelled(
     splits = task.rows(hint)
     train = shuffled(distinct_rows(splits["train"], key, label), run.split_seed)
     _check_labels(Counter(str(row[label]) for row in train), label, name, hint)
+    available = len(train)
     if "test" in splits:
         count = 0 if task.whole_test else run.test_samples
         test = take(shuffled(splits["test"], run.split_seed), count)
     else:
-        train, test = _cut(task, train, label, run.test_samples or len(train) // 5, "test")
+        train, test = _cut(task, train, label, task.held_out("test_samples", available), "test")
     if "validation" in splits:
         held_out = shuffled(splits["validation"], run.split_seed)
         validation = take(held_out, run.validation_samples)
     else:
-        train, validation = _cut(task, train, label, run.validation_samples, "validation")
+        count = task.held_out("validation_samples", available)
+        train, validation = _cut(task, train, label, count, "validation")
     labels = _sorted_labels({str(row[label]) for row in train})
     for row in (*validation, *test):
         if str(row[label]) not in labels:

@@ -101,6 +101,19 @@ def texts(folder: Path) -> tuple[Path, list[str]]:
     return folder, documents
 
 
+def chats(folder: Path) -> tuple[Path, list[str]]:
+    """One JSONL of conversations of one or two turns."""
+    rows, texts = [], []
+    for number, (text, label) in enumerate(sentences(120)):
+        turns = [("user", f"How is {text}?"), ("assistant", f"It is {label}.")]
+        if number % 3 == 0:
+            turns += [("user", "Sure?"), ("assistant", f"Yes, {label}.")]
+        rows.append({"messages": [{"role": r, "content": c} for r, c in turns]})
+        texts += [content for _, content in turns]
+    write_jsonl(folder / "chats.jsonl", rows)
+    return folder / "chats.jsonl", texts
+
+
 def gsm8k(folder: Path) -> tuple[Path, list[str]]:
     """``train.jsonl`` and ``test.jsonl`` with question, and answer ending in ``#### number``."""
     rng = random.Random(0)
@@ -144,6 +157,7 @@ DATA: dict[str, Writer] = {
     "labelled_pairs": labelled_pairs,
     "rewritten_sentences": rewritten_sentences,
     "texts": texts,
+    "chats": chats,
     "gsm8k": gsm8k,
     "idx_images": idx_images,
     "named_images": named_images,

@@ -3,8 +3,7 @@
 Factors are made as training leaves them. A is PEFT's start (Kaiming uniform), which training hardly
 moves. The singular values of B fall as ``i^-p`` from the first to the r-th, with p log-normal over
 the pairs, median 0.67. That is what efficient mode's first steps leave on SmolLM2-135M and tweets
-(``trained_factors.py``), and it matters: efficient mode takes a slower path for pairs of high
-condition, one in five at r = 128, and for all of them while B = 0.
+(``trained_factors.py``).
 
 Gradients belong together: ``grad_A = s·Bᵀg`` and ``grad_B = s·g·Aᵀ`` for one ``g = U·V``, never
 formed. No layer has a base weight, nothing of size m×n exists unless an optimizer makes it.
@@ -214,10 +213,8 @@ CONTESTANTS = {
     "efficient": Contestant(
         _ours("LoraProAdamW", mode="efficient"), 'LoraProAdamW(mode="efficient")'
     ),
-    "efficient-start": Contestant(
-        _ours("LoraProAdamW", mode="efficient"),
-        "the same while B = 0: every pair takes the exact, slower path",
-        start="zero",
+    "damped": Contestant(
+        _ours("LoraProAdamW", damping=3.0), "the same with damping=3, create_lorapro_optimizer's"
     ),
     "factored": Contestant(_ours("LoraProAdamW", mode="factored"), 'LoraProAdamW(mode="factored")'),
     "full": Contestant(_ours("LoraProAdamW", mode="full"), 'LoraProAdamW(mode="full")'),

@@ -22,9 +22,13 @@ M, N, STEPS, PAIRS = 96, 160, 6, 20
 OPTIMIZERS = {
     "factored": lambda groups, lr: lorapro.LoraProAdamW(groups, lr=lr, mode="factored"),
     "muon": lambda groups, lr: lorapro.LoraProMuon(groups, lr=lr),
-    "efficient, steady": lambda groups, lr: lorapro.LoraProAdamW(groups, lr=lr, steady=True),
+    "efficient, damped": lambda groups, lr: lorapro.LoraProAdamW(groups, lr=lr, damping=3.0),
     "full": lambda groups, lr: lorapro.LoraProAdamW(groups, lr=lr, mode="full"),
+    "full, damped": lambda groups, lr: lorapro.LoraProAdamW(
+        groups, lr=lr, mode="full", damping=3.0
+    ),
     "sgd": lambda groups, lr: lorapro.LoraProSGD(groups, lr=lr),
+    "sgd, damped": lambda groups, lr: lorapro.LoraProSGD(groups, lr=lr, damping=3.0),
 }
 
 

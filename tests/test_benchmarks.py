@@ -77,7 +77,6 @@ def test_growth_finds_the_exponent_of_a_power_law(script):
 
 
 def test_memory_writes_what_a_process_of_its_own_found(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("LORAPRO_NATIVE", "0")  # PyTorch does not see what C allocates
     options = ["--shapes", "tiny", "--ranks", "2", "--only", "factored"]
     script("memory").main([*options, "--output", str(tmp_path)])
     (row,) = tables(tmp_path, "memory")[0]["rows"]

@@ -18,8 +18,8 @@ def build(kind, model, x, **options):
     groups = lorapro.lora_param_groups(model)
     if kind == "sgd":
         return lorapro.LoraProSGD(groups, lr=0.02, x=x, **options)
-    if kind == "steady":
-        return lorapro.LoraProAdamW(groups, lr=0.01, x=x, steady=True, **options)
+    if kind == "damped":
+        return lorapro.LoraProAdamW(groups, lr=0.01, x=x, damping=3.0, **options)
     return lorapro.LoraProAdamW(groups, lr=0.01, mode=kind, x=x, **options)
 
 
@@ -31,14 +31,14 @@ def twin(kind, pair, x, **options):
     A, B = pair.A.detach().numpy().copy(), pair.B.detach().numpy().copy()
     if kind == "sgd":
         return paper.Sgd(A, B, pair.scaling, x=x, **options)
-    if kind in ("efficient", "steady"):
-        options["steady"] = kind == "steady"
+    if kind in ("efficient", "damped"):
+        options["damping"] = 3.0 if kind == "damped" else 0.0
         return paper.Efficient(A, B, pair.scaling, x=x, **options)
     return paper.Full(A, B, pair.scaling, x=x, W0=pair.base.detach().numpy(), **options)
 
 
 @pytest.mark.parametrize("x", ["sylvester", "zero", "symmetric"])
-@pytest.mark.parametrize("kind", ["sgd", "efficient", "steady", "full"])
+@pytest.mark.parametrize("kind", ["sgd", "efficient", "damped", "full"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("start", ["B=0", "B random"])
 def test_fifty_steps_equal_the_paper(kind, x, model, start):

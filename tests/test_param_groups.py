@@ -31,10 +31,10 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
     assert len({id(p) for p in held}) == len(held)
     assert all(g["lr"] == 0.3 and g["weight_decay"] == 0.1 for g in groups)
     pairs, plain = groups
-    assert pairs["names"] == ["base_model.model.0", "base_model.model.2"]
+    assert [p.name for p in pairs["pairs"]] == ["base_model.model.0", "base_model.model.2"]
     assert [tuple(p.shape) for p in pairs["params"]] == [(2, 8), (6, 2), (3, 6), (8, 3)]
-    assert pairs["scalings"] == [8 / 2, 8 / 3]
-    assert [b.shape for b in pairs["bases"]] == [(6, 8), (8, 6)]
+    assert [p.scaling for p in pairs["pairs"]] == [8 / 2, 8 / 3]
+    assert [p.base.shape for p in pairs["pairs"]] == [(6, 8), (8, 6)]
     names = [n.removeprefix("base_model.model.") for n in plain["names"]]
     assert names == [
         "0.lora_magnitude_vector.default.weight",
@@ -113,8 +113,10 @@ def test_one_of_several_adapters():
     model = two_adapters()
     model.base_model.set_adapter(["default", "second"])
     groups = lorapro.lora_param_groups(model, adapter="second")
-    assert [g["names"] for g in groups] == [["base_model.model.0", "base_model.model.2"]]
-    assert groups[0]["scalings"] == [1.0, 1.0]
+    assert [[p.name for p in g["pairs"]] for g in groups] == [
+        ["base_model.model.0", "base_model.model.2"]
+    ]
+    assert [p.scaling for p in groups[0]["pairs"]] == [1.0, 1.0]
     with pytest.raises(ValueError, match=r"no adapter 'secnd'; found \['default', 'second'\]"):
         lorapro.lora_param_groups(model, adapter="secnd")
     model.set_adapter("default")  # freezes the other one
@@ -132,14 +134,14 @@ def matrices():
 def test_pairs_by_hand_stand_beside_those_of_the_model():
     A, B = matrices()
     groups = lorapro.lora_param_groups(lora(), pairs=iter([LoraPair("w", A, B, 2.0)]))
-    assert [g["names"] for g in groups] == [["w", "base_model.model.0"]]
-    assert groups[0]["scalings"] == [2.0, 4.0]
+    assert [[p.name for p in g["pairs"]] for g in groups] == [["w", "base_model.model.0"]]
+    assert [p.scaling for p in groups[0]["pairs"]] == [2.0, 4.0]
     assert groups[0]["params"][0] is A
     (group,) = lorapro.lora_param_groups(None, pairs=[LoraPair("w", A, B, 2.0)])
-    assert group["bases"] == [None]
+    assert [p.base for p in group["pairs"]] == [None]
     module = nn.ParameterDict({"A": A, "B": B, "bias": nn.Parameter(torch.zeros(3))})
     pairs, plain = lorapro.lora_param_groups(module, pairs=[LoraPair("w", A, B, 2.0)])
-    assert (pairs["names"], plain["names"]) == (["w"], ["bias"])
+    assert ([p.name for p in pairs["pairs"]], plain["names"]) == (["w"], ["bias"])
 
 
 def test_a_parameter_in_two_pairs_by_hand_is_refused():

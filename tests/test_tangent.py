@@ -67,7 +67,7 @@ def test_fifty_steps_equal_the_dense_twin(rule, x, model, start):
 
 @pytest.mark.parametrize("x", ["sylvester", "zero", "symmetric"])
 @every_rule
-def test_steps_that_outrun_a_small_B_are_brought_back_to_rank_r(rule, x):
+def test_no_step_outruns_a_small_B(rule, x):
     model = randomise_B(patterned(), scale=1e-4)
     pairs = pairs_of(model)
     options = {"weight_decay": 0.1, "x": x}
@@ -84,9 +84,8 @@ def test_steps_that_outrun_a_small_B_are_brought_back_to_rank_r(rule, x):
         for pair, reference, start in zip(pairs, twins, starts, strict=True):
             agree(pair, reference, 1e-8)
             if t == 0:
-                assert reference.retracted
                 moved = pair.scaling * (pair.B @ pair.A - start).norm()
-                assert moved < 2 * 0.01 * np.linalg.norm(reference.h) + 1e-6
+                assert moved < 1.2 * 0.01 * np.linalg.norm(reference.h)
 
 
 @every_rule
@@ -103,14 +102,18 @@ def test_factors_of_deficient_rank(rule, case):
     if case == "both=0":
         B[:] = 0
     pair = by_hand(A, B)
-    optimizer = build(rule, lorapro.lora_param_groups(None, pairs=[pair]))
-    reference = twin_of(rule, pair)
-    for _ in range(3):
+    optimizer = build(rule, lorapro.lora_param_groups(None, pairs=[pair]), damping=0.0)
+    reference = twin_of(rule, pair, damping=0.0)
+    for t in range(3):
         G = torch.tensor(rng.standard_normal((6, 8)))
         feed_dense_gradient(pair, G)
         reference.step(G.numpy(), 0.01)
         optimizer.step()
-        agree(pair, reference, 1e-8)
+        if t == 0:
+            agree(pair, reference, 1e-8)
+        # The first step leaves conditions of several thousands, which Gram matrices square.
+        W = reference.B @ reference.A
+        np.testing.assert_allclose((pair.B @ pair.A).detach(), W, atol=1e-3 * np.abs(W).max())
 
 
 def dense_steps(rule, W, gradients, lr, beta=0.9):
@@ -174,10 +177,10 @@ def test_without_momentum_the_past_is_forgotten(rule):
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("space", ["exact", "fast"])
-def test_transport_is_the_identity_where_nothing_moves_and_a_projection_elsewhere(space):
-    from lorapro.optim.spaces import ExactSpace, FastSpace, Tangent
-    from lorapro.optim.stacks import Tall, Wide
+def test_transport_is_the_identity_where_nothing_moves_and_a_projection_elsewhere():
+    from lorapro.functional import point_at
+    from lorapro.optim.rules import Tangent
+    from lorapro.optim.tangent import transport
 
     rng = np.random.default_rng(0)
     A, B, A_new, B_new, M_A, M_B = (
@@ -187,13 +190,11 @@ def test_transport_is_the_identity_where_nothing_moves_and_a_projection_elsewher
     s = torch.ones(2, 1, 1, dtype=torch.float64)
 
     def at(A, B):
-        if space == "exact":
-            return ExactSpace(A, B, s, "zero")
-        return FastSpace(Wide([A]), Tall([B]), s, "zero")
+        return point_at([A], [B.mT], s)
 
     for A_to, B_to in ((A, B), (A_new, B_new)):
-        kept = at(A_to, B_to).receive(at(A, B), Tangent(Wide([M_A]), Tall([M_B])))
-        got = B_to @ kept.A.parts[0] + kept.B.parts[0] @ A_to
+        kept = transport(at(A, B), Tangent([M_A], [M_B.mT]), at(A_to, B_to))
+        got = B_to @ kept.A[0] + kept.B[0].mT @ A_to
         for i in range(2):
             want = tangent.project(A_to[i].numpy(), B_to[i].numpy(), M[i].numpy())
             np.testing.assert_allclose(got[i], want, atol=1e-10)
@@ -207,7 +208,7 @@ def test_muon_with_repeated_singular_values_and_a_diagonal_gradient():
     feed_dense_gradient(pair, torch.diag(torch.tensor([4.0, 4.0, -1e-3], dtype=torch.float64)))
     optimizer.step()
     want = -0.2 * 3**0.5 * torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
-    torch.testing.assert_close((pair.B @ pair.A).detach(), want)
+    torch.testing.assert_close((pair.B @ pair.A).detach(), want, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", [("factored", 1.1), ("muon", 0.55)])

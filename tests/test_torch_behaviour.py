@@ -25,8 +25,8 @@ from lorapro.factors import LoraPair
 
 KINDS = {
     "sgd": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
-    "efficient": {"mode": "efficient", "lr": 1e-2, "weight_decay": 0.01, "steady": False},
-    "steady": {"lr": 1e-2, "weight_decay": 0.01},
+    "efficient": {"mode": "efficient", "lr": 1e-2, "weight_decay": 0.01, "damping": 0.0},
+    "damped": {"lr": 1e-2, "weight_decay": 0.01},
     "full": {"mode": "full", "lr": 1e-2},
     "full+decay": {"mode": "full", "lr": 1e-2, "weight_decay": 0.1},
     "factored": {"mode": "factored", "lr": 1e-2, "weight_decay": 0.01},
@@ -258,13 +258,13 @@ def test_a_second_adapter_can_join_later():
         assert not torch.equal(pair.B, B)
 
 
-@pytest.mark.parametrize("kind", ["efficient", "steady"])
+@pytest.mark.parametrize("kind", ["efficient", "damped"])
 def test_align_gradients_makes_adamw_the_efficient_mode(kind):
     model = patterned()
     hooked = clone(model)
     optimizer = create(model, kind, weight_decay=0.0)
     adamw = torch.optim.AdamW(trainable(hooked).values(), lr=1e-2, weight_decay=0.0)
-    handle = lorapro.align_gradients(adamw, hooked, steady=kind == "steady")
+    handle = lorapro.align_gradients(adamw, hooked, damping=3.0 * (kind == "damped"))
     train(model, optimizer, 3, dtype=torch.float64)
     train(hooked, adamw, 3, dtype=torch.float64)
     for a, b in zip(model.parameters(), hooked.parameters(), strict=True):

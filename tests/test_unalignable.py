@@ -139,7 +139,7 @@ def test_unaligned_layers_can_be_trained_plainly(caplog):
         )
     assert "1.base_model.model.0: loha.Linear is not a LoRA layer" in caplog.text
     pairs, plain = optimizer.param_groups
-    assert pairs["names"] == ["0.base_model.model.0"]
+    assert [p.name for p in pairs["pairs"]] == ["0.base_model.model.0"]
     assert plain["unaligned"] == ["1.base_model.model.0"]
     assert len(plain["params"]) == 4
     model(torch.randn(5, 8)).square().sum().backward()
@@ -203,7 +203,7 @@ def test_tied_adapters_are_trained_plainly_on_both_sides():
     """Aligning one side only would move the other side's factors as well."""
     model = tied()
     pairs, plain = lorapro.lora_param_groups(model, on_unaligned="plain")
-    assert pairs["names"] == ["base_model.model.model.layers.0.self_attn.q_proj"]
+    assert [p.name for p in pairs["pairs"]] == ["base_model.model.model.layers.0.self_attn.q_proj"]
     layers = ["base_model.model.model.embed_tokens", "base_model.model.lm_head"]
     assert plain["unaligned"] == layers
     assert len(plain["params"]) == 4

@@ -7,10 +7,11 @@ Shape letters used in this file
     g      ``∂L/∂W`` (m, n), never formed here;  ``grad_A = s·Bᵀg`` and ``grad_B = s·g·Aᵀ``
     S_A    ``A·Aᵀ`` (r, r);   S_B  ``Bᵀ·B`` (r, r);   K  ``grad_A·Aᵀ = Bᵀ·grad_B`` (r, r)
     P_A    projector on the row space of A;   P_B  projector on the column space of B
-    …⁺     pseudo-inverse, decided from the factor's own spectrum
 
-Everything holds for factors of any rank, zero included: LoRA starts at ``B = 0``. Small (r, r)
-algebra runs in float64 and results come back in the dtype of the input.
+There is one path: no value is read to decide what runs, on any device. Products over m and n are
+float32 for float32 factors, Gram matrices and (r, r) algebra float64 (``lorapro.gram``). Factors
+may have any rank, zero included: LoRA starts at ``B = 0``. Directions far below the largest
+(``lorapro.gram.inverse``) count as missing, as a pseudo-inverse has it.
 
 Source: LoRA-Pro, "Are Low-Rank Adapters Properly Optimized?", Theorems 2.1 to 2.3. Eq. (16) of the
 paper is misprinted; ``docs/mathematics.md`` derives the form used here.
@@ -18,62 +19,41 @@ paper is misprinted; ``docs/mathematics.md`` derives the form used here.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lorapro.choices import check_choice
+from lorapro.gram import (
+    Inverse,
+    Rows,
+    combine,
+    inner,
+    inverse,
+    precise,
+    solve_sylvester,
+    trace,
+    unit,
+)
 
 __all__ = [
     "X_CHOICES",
-    "Spectrum",
+    "Point",
     "align",
-    "align_in",
+    "align_at",
     "equivalent_gradient",
+    "point_at",
     "predicted_decrease",
-    "spectrum",
+    "shares",
+    "step_length",
     "tangent_projection",
 ]
 
+Total = Callable[[Tensor], Tensor]
+
 X_CHOICES = ("zero", "sylvester", "symmetric")
-
-# Singular values below RANK_TOLERANCE · eps · (the largest) are rounding noise of the factor.
-RANK_TOLERANCE = 32
-
-
-class Spectrum(NamedTuple):
-    """Eigenvectors and eigenvalues of both Gram matrices, in float64, with pseudo-inverses.
-
-    ``S_A = U_A diag(eig_A) U_Aᵀ`` and ``S_B = U_B diag(eig_B) U_Bᵀ``; ``inv_A`` and ``inv_B`` hold
-    the reciprocal eigenvalues, zero where the factor has no rank. A pair whose factors hold NaN or
-    Inf has NaN throughout, and no other pair of the batch is touched by it.
-    """
-
-    U_A: Tensor
-    eig_A: Tensor
-    inv_A: Tensor
-    U_B: Tensor
-    eig_B: Tensor
-    inv_B: Tensor
-
-
-def spectrum(A: Tensor, B: Tensor) -> Spectrum:
-    """Decompose ``S_A = A·Aᵀ`` and ``S_B = Bᵀ·B`` of every pair of the batch.
-
-    Args:
-        A: (..., r, n), any floating dtype.
-        B: (..., m, r).
-
-    Returns:
-        A :class:`Spectrum` in float64 with leading dimensions as given.
-
-    >>> A, B = torch.eye(2, 3), torch.zeros(4, 2)
-    >>> s = spectrum(A, B)
-    >>> s.inv_A.tolist(), s.inv_B.tolist()
-    ([1.0, 1.0], [0.0, 0.0])
-    """
-    return Spectrum(*_gram_eigen(A), *_gram_eigen(B.mT))
 
 
 def align(
@@ -84,34 +64,43 @@ def align(
     scaling: float | Tensor,
     *,
     x: str = "sylvester",
+    damping: float | Tensor = 0.0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Replace LoRA's two gradients by those whose equivalent gradient is closest to ``g``.
 
     Theorem 2.1, Eqs. (8) and (10)::
 
-        d_A = (1/s²) S_B⁺ grad_A + X A
-        d_B = (1/s²) (I − P_B) grad_B S_A⁺ − B X
+        d_A = (1/s²) S_B⁻¹ grad_A + X A
+        d_B = (1/s²) (I − P_B) grad_B S_A⁻¹ − B X
 
     ``s·B·d_A + s·d_B·A`` is the same for every X: the orthogonal projection of ``g`` on the tangent
     space at ``B·A``. What X changes is how that step is shared between A and B:
 
     - ``"zero"``: ``X = 0``.
     - ``"sylvester"``: (d_A, d_B) as close as can be to (grad_A, grad_B), Theorem 2.3:
-      ``S_B X + X S_A = −(1/s²) S_B⁺ K``.
-    - ``"symmetric"``: ``‖d_B A − B d_A‖`` as small as can be: ``X = −(1/2s²) S_B⁺ K S_A⁺``
+      ``S_B X + X S_A = −(1/s²) S_B⁻¹ K``.
+    - ``"symmetric"``: ``‖d_B A − B d_A‖`` as small as can be: ``X = −(1/2s²) S_B⁻¹ K S_A⁻¹``
       (what Eq. 16 of the paper means).
 
     With factors of deficient rank the solution of least norm is taken; at ``B = 0`` that is
-    ``d_A = 0``, ``d_B = (1/s²) grad_B S_A⁺``.
+    ``d_A = 0``, ``d_B = (1/s²) grad_B S_A⁻¹``.
+
+    ``damping = ℓ > 0`` (ours) puts ``(S_B + (ℓ/s)² S_A⁻¹)⁻¹`` for ``S_B⁻¹``: directions of
+    ``s·B·A`` whose singular value σ is below ℓ are not divided by. Then ``P_B`` has the eigenvalues
+    ``σ²/(σ² + ℓ²)``, and the equivalent gradient ``P_B g + (I − P_B) g P_A`` is still no longer
+    than g and still a direction of descent, but ``‖d_A‖`` is bounded: it minimises
+    ``‖s·B·d_A + s·d_B·A − g‖² + ℓ²·tr(d_Aᵀ S_A⁻¹ d_A)``.
 
     Args:
         A: (..., r, n) factor, float64 to bfloat16.
         B: (..., m, r) factor.
         grad_A: (..., r, n), ``∂L/∂A``; ``None`` if A is frozen, then d_B alone solves the problem:
-            ``d_B = (1/s²) grad_B S_A⁺``.
-        grad_B: (..., m, r), ``∂L/∂B``; ``None`` if B is frozen, then ``d_A = (1/s²) S_B⁺ grad_A``.
+            ``d_B = (1/s²) grad_B S_A⁻¹``.
+        grad_B: (..., m, r), ``∂L/∂B``; ``None`` if B is frozen, then ``d_A = (1/s²) S_B⁻¹ grad_A``.
         scaling: ``s``, a float or a tensor with the leading dimensions.
         x: the choice of X.
+        damping: ``ℓ``, a length in W (in units of singular values of ``s·B·A``); a float or a
+            tensor with the leading dimensions. 0 is the paper's.
 
     Returns:
         ``(d_A, d_B)`` with the shapes and dtypes of A and B; ``None`` where the gradient was.
@@ -128,49 +117,128 @@ def align(
     """
     check_choice("x", x, X_CHOICES)
     _check_shapes(A, B, grad_A, grad_B)
-    d_A, d_B = align_in(spectrum(A, B), A, B, grad_A, grad_B, scaling, x=x)
+    at = point_at(_rows(A), _rows(B.mT), _per_pair(scaling, A))
+    if isinstance(damping, Tensor) or damping:
+        at = at.damped(_per_pair(damping, A))
+    d_A, d_B = align_at(
+        at,
+        None if grad_A is None else _rows(grad_A),
+        None if grad_B is None else _rows(grad_B.mT),
+        x=x,
+    )
     return (
-        None if d_A is None else d_A.to(A.dtype),
-        None if d_B is None else d_B.to(B.dtype),
+        None if d_A is None else d_A[0].to(A.dtype).reshape(A.shape),
+        None if d_B is None else d_B[0].mT.to(B.dtype).reshape(B.shape),
     )
 
 
-def align_in(
-    spec: Spectrum,
-    A: Tensor,
-    B: Tensor,
-    grad_A: Tensor | None,
-    grad_B: Tensor | None,
-    scaling: float | Tensor,
-    *,
-    x: str = "sylvester",
-) -> tuple[Tensor | None, Tensor | None]:
-    """:func:`align` where ``spectrum(A, B)`` is already at hand; results stay in float64.
+@dataclass(frozen=True)
+class Point:
+    """Factors of many pairs, and what every formula needs of them.
 
-    >>> A, B = torch.ones(1, 2), torch.ones(2, 1)
-    >>> d_A, _ = align_in(spectrum(A, B), A, B, A, B, 1.0, x="zero")
-    >>> d_A
-    tensor([[0.5000, 0.5000]], dtype=torch.float64)
+    Attributes:
+        A: rows (kᵢ, r, nᵢ), in float32 or float64.
+        B: rows of ``Bᵀ``, (kᵢ, r, mᵢ).
+        s: scalings (k, 1, 1) in float64.
+        exact_A: A in float64.
+        exact_B: B in float64.
+        S_A: ``A·Aᵀ``, (k, r, r).
+        S_B: ``Bᵀ·B``.
+        inv_A: inverse of ``S_A``.
+        inv_B: inverse of ``S_B``.
+        total: adds up Gram matrices over processes that hold parts of the rows.
     """
-    U_A, eig_A, inv_A, U_B, eig_B, inv_B = spec
-    c = _per_pair(scaling, A) ** -2
-    d_A = d_B = None
-    if grad_A is not None:
-        grad_A = grad_A.double()
-        pinv_B = (U_B * inv_B.unsqueeze(-2)) @ U_B.mT
-        d_A = pinv_B @ grad_A
-    if grad_B is not None:
-        pinv_A = (U_A * inv_A.unsqueeze(-2)) @ U_A.mT
-        d_B = grad_B.double() @ pinv_A
-    if grad_A is not None and d_A is not None and d_B is not None:
-        A, B = A.double(), B.double()
-        kept = (inv_B != 0).unsqueeze(-1) & (inv_A != 0).unsqueeze(-2)
-        K = torch.where(kept, U_B.mT @ (grad_A @ A.mT) @ U_A, 0.0)
-        X, C = _choose_x(K, eig_A, inv_A, eig_B, inv_B, x)
-        if X is not None:
-            d_A = d_A + (U_B @ X @ U_A.mT) @ A
-        d_B = d_B - B @ (U_B @ C @ U_A.mT)
-    return (None if d_A is None else c * d_A), (None if d_B is None else c * d_B)
+
+    A: Rows
+    B: Rows
+    s: Tensor
+    exact_A: Rows
+    exact_B: Rows
+    S_A: Tensor
+    S_B: Tensor
+    inv_A: Inverse
+    inv_B: Inverse
+    total: Total
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the rows."""
+        return self.A[0].dtype
+
+    def damped(self, length: Tensor) -> Point:
+        """The same with the inverse of ``S_B + (ℓ/s)² S_A⁻¹``, for lengths ℓ (k, 1, 1) in W."""
+        S = self.S_B + (length / self.s).square() * self.inv_A.full
+        return replace(self, inv_B=inverse(S, self.dtype))
+
+
+def point_at(A: Rows, B: Rows, s: Tensor, total: Total = lambda gram: gram) -> Point:
+    """Gram matrices of the factors, in one call of ``total``, and their inverses."""
+    exact_A, exact_B = precise(A), precise(B)
+    S = total(inner((exact_A, exact_A), (exact_B, exact_B)))
+    V, E = inverse(S, A[0].dtype)
+    (S_A, S_B), (V_A, V_B), (E_A, E_B) = (T.chunk(2) for T in (S, V, E))
+    inv_A, inv_B = Inverse(V_A, E_A), Inverse(V_B, E_B)
+    return Point(A, B, s, exact_A, exact_B, S_A, S_B, inv_A, inv_B, total)
+
+
+def align_at(
+    at: Point, grad_A: Rows | None, grad_B: Rows | None, *, x: str
+) -> tuple[Rows | None, Rows | None]:
+    """:func:`align` on rows of many shapes; ``None`` where a factor is frozen.
+
+    ``d_A = s⁻²(S_B⁻¹·grad_A + X·A)``, ``d_B = s⁻²(grad_B·S_A⁻¹ − B·C)``, X and C of :func:`shares`.
+    """
+    square = at.s**-2
+    if grad_A is None or grad_B is None:
+        return (
+            None if grad_A is None else at.inv_B(grad_A, square),
+            None if grad_B is None else at.inv_A(grad_B, square),
+        )
+    X, C = shares(at, at.total(inner((precise(grad_A), at.exact_A))), x)
+    d_B = at.inv_A(grad_B, square, onto=combine((-square * C.mT, at.B)))
+    if X is None:
+        return at.inv_B(grad_A, square), d_B
+    return at.inv_B(grad_A, square, onto=combine((square * X, at.A))), d_B
+
+
+def shares(
+    at: Point, K: Tensor, x: str, weight_B: Tensor | float = 1.0
+) -> tuple[Tensor | None, Tensor]:
+    """X, and ``C = S_B⁻¹·K·S_A⁻¹ + X``, both times s²: the one place where X is chosen.
+
+    ``C = S_B⁻¹·K·S_A⁻¹`` (zero), half of it (symmetric), or ``Y·S_A⁻¹`` (sylvester) with
+    ``S_B·Y + Y·S_A/w = K``, whether ``S_B⁻¹`` is damped or not. C is formed first: in d_B, X would
+    cancel, and what Y lacks in precision goes to X, where the equivalent gradient does not see it.
+
+    Args:
+        at: the factors.
+        K: ``grad_A·Aᵀ``, (k, r, r).
+        x: the choice of X; for ``"zero"`` X is returned as ``None``.
+        weight_B: w, by which ``"sylvester"`` weighs ``‖d_B − grad_B‖²``; 1 is the paper's.
+    """
+    inv_A = at.inv_A.full
+    Z = at.inv_B.full @ K @ inv_A
+    if x == "zero":
+        return None, Z
+    if x == "symmetric":
+        return -0.5 * Z, 0.5 * Z
+    Y = solve_sylvester(at.S_B, at.S_A / weight_B, K, weight_B * inv_A, at.dtype)
+    C = Y @ inv_A
+    return C - Z, C
+
+
+def step_length(at: Point, gram_B: Tensor) -> Tensor:
+    """How far a step of B alone moves W: a singular value of ``g·P_A``, (k, 1, 1).
+
+    ``√(tr T²/tr T)`` with T the Gram matrix of ``g·P_A``: the singular values' mean, each weighed
+    by its square; exact where all are equal and where there is one.
+
+    Args:
+        at: the factors.
+        gram_B: ``grad_Bᵀ·grad_B``, (k, r, r).
+    """
+    T = at.s**-2 * (gram_B @ at.inv_A.full)
+    return ((T * T.mT).sum((-2, -1), keepdim=True) / unit(trace(T))).clamp_min(0.0).sqrt()
 
 
 def equivalent_gradient(
@@ -198,7 +266,8 @@ def equivalent_gradient(
     _check_shapes(A, B, d_A, d_B)
     dtype, work = A.dtype, _at_least_float32(A.dtype)
     A, B, d_A, d_B = (t.to(work) for t in (A, B, d_A, d_B))
-    return (_per_pair(scaling, A).to(work) * (B @ d_A + d_B @ A)).to(dtype)
+    s = scaling.to(A)[..., None, None] if isinstance(scaling, Tensor) else scaling
+    return (s * (B @ d_A + d_B @ A)).to(dtype)
 
 
 def tangent_projection(A: Tensor, B: Tensor, G: Tensor) -> Tensor:
@@ -229,12 +298,9 @@ def tangent_projection(A: Tensor, B: Tensor, G: Tensor) -> Tensor:
             f"G has shape {tuple(G.shape)}, expected (..., {B.shape[-2]}, {A.shape[-1]}) "
             f"for A {tuple(A.shape)} and B {tuple(B.shape)}."
         )
-    spec = spectrum(A, B)
-    Q_A = (spec.U_A * spec.inv_A.sqrt().unsqueeze(-2)).mT @ A.double()  # orthonormal rows
-    Q_B = B.double() @ (spec.U_B * spec.inv_B.sqrt().unsqueeze(-2))  # orthonormal columns
-    full = G.double()
-    left = Q_B @ (Q_B.mT @ full)
-    return (left + ((full - left) @ Q_A.mT) @ Q_A).to(G.dtype)
+    A, B, full = A.double(), B.double(), G.double()
+    d_A, d_B = align(A, B, B.mT @ full, full @ A.mT, 1.0, x="zero")
+    return equivalent_gradient(A, B, d_A, d_B, 1.0).to(G.dtype)  # type: ignore[arg-type]
 
 
 def predicted_decrease(
@@ -263,59 +329,26 @@ def predicted_decrease(
     tensor(25.)
     """
     _check_shapes(A, B, grad_A, grad_B)
-    spec = spectrum(A, B)
-    half_A = spec.U_A * spec.inv_A.sqrt().unsqueeze(-2)
-    half_B = spec.U_B * spec.inv_B.sqrt().unsqueeze(-2)
-    along_B = half_B.mT @ grad_A.double()
-    across = grad_B.double() @ half_A
-    basis_B = B.double() @ half_B
-    across = across - basis_B @ (basis_B.mT @ across)
-    total = along_B.square().sum((-2, -1)) + across.square().sum((-2, -1))
-    return (total * (_per_pair(scaling, A) ** -2)[..., 0, 0]).to(A.dtype)
+    d_A, d_B = align(A, B, grad_A, grad_B, scaling, x="zero")
+    assert d_A is not None
+    assert d_B is not None
+    along_A = (grad_A.double() * d_A.double()).sum((-2, -1))
+    return (along_A + (grad_B.double() * d_B.double()).sum((-2, -1))).to(A.dtype)
 
 
-def _choose_x(
-    K: Tensor, eig_A: Tensor, inv_A: Tensor, eig_B: Tensor, inv_B: Tensor, x: str
-) -> tuple[Tensor | None, Tensor]:
-    """X and ``C = S_B⁺ K S_A⁺ + X``, both times s², in the eigenbases.
-
-    C is formed directly: for Sylvester the sum would cancel.
-    """
-    a, b = inv_A.unsqueeze(-2), inv_B.unsqueeze(-1)
-    if x == "zero":
-        return None, b * K * a
-    if x == "symmetric":
-        half = 0.5 * (b * K * a)
-        return -half, half
-    both = eig_B.unsqueeze(-1) + eig_A.unsqueeze(-2)
-    share = torch.where(both > 0, K / torch.where(both > 0, both, 1.0), both * K)
-    return -b * share, share * a
+def _rows(X: Tensor) -> Rows:
+    """A batch of matrices as the rows of one shape, in float32 at least."""
+    return [X.reshape(-1, *X.shape[-2:]).to(_at_least_float32(X.dtype))]
 
 
-def _gram_eigen(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, eig, inv) of ``M·Mᵀ``, M: (..., r, k), in float64."""
-    finite = torch.isfinite(M).all(-1).all(-1)[..., None, None]
-    M64 = torch.where(finite, M, 0.0).double()
-    if M.dtype == torch.float64:
-        # The Gram matrix would square the condition number beyond float64.
-        U, sigma, _ = torch.linalg.svd(M64, full_matrices=M.shape[-2] > M.shape[-1])
-        sigma = torch.nn.functional.pad(sigma, (0, M.shape[-2] - sigma.shape[-1]))
-        eig = sigma.square()
+def _per_pair(value: float | Tensor, like: Tensor) -> Tensor:
+    """A value a pair as (k, 1, 1) in float64."""
+    lead = like.shape[:-2]
+    if isinstance(value, Tensor):
+        value = value.to(device=like.device, dtype=torch.float64).expand(lead)
     else:
-        eig, U = torch.linalg.eigh(M64 @ M64.mT)
-        eig = eig.clamp_min(0.0)
-    eps = torch.finfo(_at_least_float32(M.dtype)).eps
-    floor = eig.amax(-1, keepdim=True) * (RANK_TOLERANCE * eps) ** 2
-    inv = torch.where(eig > floor, 1.0 / torch.where(eig > floor, eig, 1.0), 0.0)
-    broken = torch.where(finite, 0.0, torch.nan)
-    return U + broken, eig + broken[..., 0], inv + broken[..., 0]
-
-
-def _per_pair(scaling: float | Tensor, like: Tensor) -> Tensor:
-    """Scaling as float64 with two trailing ones, so that it broadcasts over matrices."""
-    if not isinstance(scaling, Tensor):
-        return torch.full((1, 1), scaling, dtype=torch.float64, device=like.device)
-    return scaling.to(device=like.device, dtype=torch.float64)[..., None, None]
+        value = torch.full(lead, value, dtype=torch.float64, device=like.device)
+    return value.reshape(-1, 1, 1)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

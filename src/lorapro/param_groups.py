@@ -46,9 +46,9 @@ def lora_param_groups(
             plain rule, and list them in the log and in the group's ``"unaligned"``.
 
     Returns:
-        A list of groups. Pairs come as ``params = [A0, B0, A1, B1, …]`` with ``names``,
-        ``scalings``, ``layouts`` and ``blocks`` beside them; a frozen factor stays in the list,
-        the update of its partner needs its value. Heads, biases, norms, DoRA magnitudes and
+        A list of groups. Pairs come as ``params = [A0, B0, A1, B1, …]`` with their list of
+        :class:`lorapro.factors.LoraPair` in ``pairs``; a frozen factor stays in the list, the
+        update of its partner needs its value. Heads, biases, norms, DoRA magnitudes and
         ``modules_to_save`` form a group of their own.
 
     Raises:
@@ -113,15 +113,7 @@ def _pairs_group(pairs: Sequence[LoraPair]) -> dict[str, Any]:
                 )
             owner[memory_of(p)] = pair.name
             params.append(p)
-    return {
-        "params": params,
-        "names": [p.name for p in pairs],
-        "scalings": [float(p.scaling) for p in pairs],
-        "layouts": [p.layout for p in pairs],
-        "blocks": [p.blocks for p in pairs],
-        "bases": [p.base for p in pairs],
-        "role": "pairs",
-    }
+    return {"params": params, "pairs": list(pairs), "role": "pairs"}
 
 
 def _plain_parameters(

@@ -57,3 +57,10 @@ def projection(A, B, g):
     """Orthogonal projection of g on the range of T."""
     T = operator(A, B, 1.0)
     return (T @ np.linalg.lstsq(T, g.ravel(), rcond=RCOND)[0]).reshape(g.shape)
+
+
+def fast_projection(A, B, g):
+    """The same for factors of full rank, by orthonormal bases in float64."""
+    Q_A, Q_B = (np.linalg.qr(M.astype(np.float64))[0] for M in (A.T, B))
+    left = Q_B @ (Q_B.T @ g)
+    return left + ((g - left) @ Q_A) @ Q_A.T

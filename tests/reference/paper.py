@@ -31,6 +31,22 @@ def theorem_2_1(A, B, g_A, g_B, s, x):
     return d_A, d_B
 
 
+def damped(A, B, g_A, g_B, s, x, steps):
+    """Theorem 2.1 with directions of B shorter than ``steps·√m`` damped; X solves the least squares
+    problem of Theorem 2.3 with these.
+    """
+    S_A, S_B, K = A @ A.T, B.T @ B, g_A @ A.T
+    inv_A = pinv(S_A)
+    inv_B = pinv(S_B + steps**2 * len(B) * np.trace(S_A) / len(A) * inv_A)
+    rest = inv_B @ (g_A - K @ inv_A @ A)
+    C = {
+        "zero": lambda: inv_B @ K @ inv_A,
+        "symmetric": lambda: inv_B @ K @ inv_A / 2,
+        "sylvester": lambda: solve_sylvester(S_B, S_A, K) @ inv_A,
+    }[x]()
+    return (rest + C @ A) / s**2, (g_B @ inv_A - B @ C) / s**2
+
+
 class Sgd:
     """Algorithm 1, with torch's momentum."""
 
@@ -63,9 +79,9 @@ class Efficient:
         betas=(0.9, 0.999),
         eps=1e-8,
         weight_decay=0.0,
-        steady=False,
+        damping=0.0,
     ):
-        self.A, self.B, self.s, self.x, self.steady = A.copy(), B.copy(), s, x, steady
+        self.A, self.B, self.s, self.x, self.damping = A.copy(), B.copy(), s, x, damping
         self.betas, self.eps, self.weight_decay, self.t = betas, eps, weight_decay, 0
         self.m = [np.zeros_like(A), np.zeros_like(B)]
         self.v = [np.zeros_like(A), np.zeros_like(B)]
@@ -74,10 +90,10 @@ class Efficient:
         self.t += 1
         b1, b2 = self.betas
         new = []
-        d = theorem_2_1(self.A, self.B, g_A, g_B, self.s, self.x)
-        if self.steady:  # not in the paper
-            size = self.s * np.linalg.norm(self.B) / np.sqrt(len(self.A))
-            d = size * d[0], d[1]
+        if self.damping:  # not in the paper
+            d = damped(self.A, self.B, g_A, g_B, self.s, self.x, self.damping * lr)
+        else:
+            d = theorem_2_1(self.A, self.B, g_A, g_B, self.s, self.x)
         for i, (p, g) in enumerate(zip((self.A, self.B), d, strict=True)):
             self.m[i] = b1 * self.m[i] + (1 - b1) * g
             self.v[i] = b2 * self.v[i] + (1 - b2) * g * g

@@ -6,8 +6,9 @@ Everything is an (m, n) matrix in float64 NumPy; nothing is kept in factored for
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import solve_sylvester
 
-from reference.paper import theorem_2_1
+from reference.paper import pinv, theorem_2_1
 
 
 def projector(columns):
@@ -28,20 +29,40 @@ def polar(M, tolerance=1e-6):
     return U[:, kept] @ Vt[kept]
 
 
-def nearest(A, W):
-    """Factors of the best rank-r approximation of W, rows of A' orthogonal and nearest to A."""
-    r = len(A)
-    U, sigma, Vt = np.linalg.svd(W)
-    U, sigma, Vt = U[:, :r], sigma[:r], Vt[:r]
-    length = np.linalg.norm(A) / np.sqrt(r)
-    new_A = length * polar(A @ Vt.T @ Vt, tolerance=0.0)
-    return new_A, (U * sigma) @ Vt @ new_A.T / length**2
+def share(A, B, g, s, x, length):
+    """(d_A, d_B) of a dense direction g, in units in which s is 1 and A has the mean square 1."""
+    size = np.sqrt(np.trace(A @ A.T) / len(A)) if A.any() else 1.0
+    A, B = A / size, s * size * B
+    d_A, d_B = damped(A, B, g, x, length)
+    return size * d_A, d_B / (s * size)
+
+
+def damped(A, B, g, x, length):
+    """Theorem 2.1 with s = 1 and (S_B + ℓ²·S_A⁻¹)⁻¹ for S_B⁻¹."""
+    if not length:
+        return theorem_2_1(A, B, B.T @ g, g @ A.T, 1.0, x)
+    inv_A, K = pinv(A @ A.T), B.T @ g @ A.T
+    inv_B = pinv(B.T @ B + length**2 * inv_A)
+    Z = inv_B @ K @ inv_A
+    if x == "zero":
+        C = Z
+    elif x == "symmetric":
+        C = Z / 2
+    else:
+        C = solve_sylvester(B.T @ B, A @ A.T, K) @ inv_A
+    return inv_B @ B.T @ g + (C - Z) @ A, g @ A.T @ inv_A - B @ C
+
+
+def length_of(A, g):
+    """The singular values of g·P_A, their mean with their squares for weights."""
+    sigma = np.linalg.svd(g @ projector(A.T), compute_uv=False)
+    return np.sqrt((sigma**4).sum() / (sigma**2).sum()) if sigma.any() else 0.0
 
 
 class Tangent:
-    def __init__(self, A, B, s, x="sylvester", weight_decay=0.0):
+    def __init__(self, A, B, s, x="sylvester", weight_decay=0.0, damping=3.0):
         self.A, self.B, self.s, self.x = A.copy(), B.copy(), s, x
-        self.weight_decay, self.t, self.retracted = weight_decay, 0, 0
+        self.weight_decay, self.t, self.damping = weight_decay, 0, damping
         self.M = np.zeros((len(B), A.shape[1]))
 
     def step(self, g, lr):
@@ -50,18 +71,10 @@ class Tangent:
         G = project(self.A, self.B, g)
         self.M = self.beta * self.M + (1 - self.beta) * G
         h = self.h = self.rule(G)
-        d_A, d_B = theorem_2_1(
-            self.A, self.B, self.s * self.B.T @ h, self.s * h @ self.A.T, self.s, self.x
-        )
+        length = self.damping * lr * length_of(self.A, h)
+        d_A, d_B = share(self.A, self.B, h, self.s, self.x, length)
         keep = np.sqrt(1 - lr * self.weight_decay)
-        first = lr * (self.B @ d_A + d_B @ self.A)
-        outrun = np.linalg.norm(lr**2 * d_B @ d_A) > 4 * np.linalg.norm(first)
-        self.A, self.B = keep * self.A, keep * self.B
-        if outrun:
-            self.A, self.B = nearest(self.A, self.B @ self.A - keep * first)
-        else:
-            self.A, self.B = self.A - lr * d_A, self.B - lr * d_B
-        self.retracted += outrun
+        self.A, self.B = keep * self.A - lr * d_A, keep * self.B - lr * d_B
         self.M = project(self.A, self.B, self.M)
 
 

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-__all__ = ["EXP_AVG", "EXP_AVG_SQ", "STEP", "AdamRule", "check_state", "new_adam_state"]
+__all__ = ["EXP_AVG", "EXP_AVG_SQ", "STEP", "AdamRule", "plain_gradients"]
 
 STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
 
 
-def new_adam_state(p: Tensor, shape: torch.Size | None = None) -> dict[str, Tensor]:
-    """Step counter on the host and two moments in the dtype of the parameter.
-
-    Moments of a shape of their own are float32 where the parameter is float16, whose range does
-    not hold squares of gradients.
-    """
-    dtype = torch.float32 if shape is not None and p.dtype == torch.float16 else p.dtype
-    shape = p.shape if shape is None else shape
-    return {
-        STEP: torch.zeros((), dtype=torch.float32),
-        EXP_AVG: torch.zeros(shape, dtype=dtype, device=p.device),
-        EXP_AVG_SQ: torch.zeros(shape, dtype=dtype, device=p.device),
-    }
-
-
-def check_state(held: dict[str, Tensor], key: str, count: int) -> Tensor:
-    """The tensor of a state, which may have been loaded.
+def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of a group that have gradients, and those.
 
     Raises:
-        ValueError: it has not as many numbers as it should.
-
-    >>> check_state({"exp_avg": torch.zeros(2, 3)}, "exp_avg", 6).shape
-    torch.Size([2, 3])
+        ValueError: a sparse gradient.
     """
-    if held[key].numel() != count:
-        raise ValueError(
-            f"{key} of a pair is {tuple(held[key].shape)}, expected {count} numbers: the state "
-            "loaded was saved for another model or rank."
-        )
-    return held[key]
+    params = [p for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in params]
+    if any(g.is_sparse for g in grads):
+        raise ValueError("a parameter has a sparse gradient, which AdamW and SGD here do not take.")
+    return params, grads
 
 
 class AdamRule:
@@ -58,40 +40,58 @@ class AdamRule:
         if not eps >= 0:
             raise ValueError(f"eps is {eps}, expected 0 or more.")
 
-    def adam_states(self, *params: Tensor) -> list[Tensor]:
-        """First moments, second moments and step counters, made where there are none yet."""
-        states = [self.state[p] for p in params]
-        for p, held in zip(params, states, strict=True):
-            if not held:
-                held.update(new_adam_state(p))
-        sized = [
-            check_state(held, key, p.numel())
-            for key in (EXP_AVG, EXP_AVG_SQ)
-            for p, held in zip(params, states, strict=True)
+    def held(self, params: Sequence[Tensor], key: str) -> list[Tensor]:
+        """One entry of the state of every parameter."""
+        return [self.state[p][key] for p in params]
+
+    def check_state(self, p: Tensor, key: str, count: int) -> None:
+        """Refuse a state that was loaded and has not as many numbers as it should.
+
+        Raises:
+            ValueError: names the entry and both sizes.
+        """
+        held = self.state[p][key]
+        if held.numel() != count:
+            raise ValueError(
+                f"{key} of a pair is {tuple(held.shape)}, expected {count} numbers: the state "
+                "loaded was saved for another model or rank."
+            )
+
+    def new_adam_state(self, p: Tensor, shape: torch.Size | None = None) -> None:
+        """Make the step counter and two moments of a parameter, in its dtype.
+
+        Moments of a shape of their own are float32 where the parameter is float16, whose range
+        does not hold squares of gradients.
+        """
+        dtype = torch.float32 if shape is not None and p.dtype == torch.float16 else p.dtype
+        moments = [
+            torch.zeros_like(p) if shape is None else p.new_zeros(shape, dtype=dtype)
+            for _ in range(2)
         ]
-        return sized + [held[STEP] for held in states]
+        self.state[p][STEP] = torch.zeros((), dtype=torch.float32, device=p.device)
+        self.state[p][EXP_AVG], self.state[p][EXP_AVG_SQ] = moments
 
     def adamw_update(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]
     ) -> None:
         """One step of AdamW on parameters with the gradients given."""
-        states = [self.state[p] for p in params]
-        for p, s in zip(params, states, strict=True):
-            if not s:
-                s.update(new_adam_state(p))
+        for p in params:
+            if not self.state[p]:
+                self.new_adam_state(p)
+            for key in (EXP_AVG, EXP_AVG_SQ):
+                self.check_state(p, key, p.numel())
         # The fused kernel goes through memory in order, whatever the strides.
-        fits_fused = all(
-            p.device.type == "cpu" and p.is_contiguous() and g.is_contiguous()
-            for p, g in zip(params, grads, strict=True)
-        )
+        where = [params, self.held(params, EXP_AVG), self.held(params, EXP_AVG_SQ)]
+        values = [[t.contiguous() for t in held] for held in where]
+        dense, m, v = values
         adamw(
-            params,
-            grads,
-            [s[EXP_AVG] for s in states],
-            [s[EXP_AVG_SQ] for s in states],
+            dense,
+            [g.contiguous() for g in grads],
+            m,
+            v,
             [],
-            [s[STEP] for s in states],
-            fused=fits_fused or None,  # elsewhere torch picks, with the step counters on the host
+            self.held(params, STEP),
+            fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -100,3 +100,7 @@ class AdamRule:
             eps=group["eps"],
             maximize=False,
         )
+        for held, new in zip(where, values, strict=True):
+            for t, value in zip(held, new, strict=True):
+                if value is not t:  # contiguous() gave a copy
+                    t.copy_(value)

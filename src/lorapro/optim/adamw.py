@@ -13,22 +13,13 @@ import torch
 from torch import Tensor
 
 from lorapro.choices import check_choice
-from lorapro.optim.adam_rule import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    STEP,
-    AdamRule,
-    check_state,
-    new_adam_state,
-)
-from lorapro.optim.aligned import aligned_gradients
+from lorapro.functional import Point, align_at, step_length
+from lorapro.gram import Rows, trace
+from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, plain_gradients
 from lorapro.optim.base import BASE, PAIRS
-from lorapro.optim.factored import scales, squared_means
-from lorapro.optim.native.steps import step_pairs
-from lorapro.optim.spaces import Direction, Space, Tangent
-from lorapro.optim.stacking import Bucket, plain_gradients
-from lorapro.optim.stacks import Tall, Wide, split
-from lorapro.optim.tangent import TangentOptimizer, gradients, spaces, take_steps
+from lorapro.optim.batches import Batches, Part, batches_of
+from lorapro.optim.rules import Direction, Tangent, factored_adam, gram, squared_means
+from lorapro.optim.tangent import DAMPING, Rule, TangentOptimizer, shrunk, store, tangent_of
 
 __all__ = ["MODES", "LoraProAdamW"]
 
@@ -38,7 +29,7 @@ MODES = ("efficient", "full", "factored")
 ROWS, COLUMNS = "row_means", "column_means"
 
 
-class LoraProAdamW(AdamRule, TangentOptimizer):
+class LoraProAdamW(TangentOptimizer):
     """AdamW that follows full fine-tuning's AdamW through low-rank adapters.
 
     ``mode="efficient"`` (Algorithm 2) runs AdamW on the aligned gradients (d_A, d_B); its state is
@@ -49,10 +40,11 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
     means of g̃∘g̃ (``lorapro.optim.tangent``); no (m, n) tensor is ever formed. The paper prints
     ``v̂ = v/(1 − β1ᵗ)`` in Algorithm 2; it is β2.
 
-    ``steady=True`` mends how efficient mode starts (ours). From ``B = 0``, d_A is first of the size
-    of 1/‖B‖, and Adam's second moment remembers that for about 1/(1 − β2) steps, in which A hardly
-    moves. The moments of A then see ``(s·‖B‖_F/√r)·d_A``, whose size does not depend on B's. The
-    equivalent gradient is the same; only Adam's memory of its sizes differs.
+    ``damping = c > 0`` (ours) bounds d_A where B is small or of deficient rank: directions of
+    ``s·B·A`` shorter than c steps are not divided by (:func:`lorapro.functional.align`). From
+    ``B = 0``, d_A is first of the size of 1/‖B‖; undamped, Adam's second moment remembers that for
+    about 1/(1 − β2) steps, in which A hardly moves. 0 is the paper's, and the default of its two
+    modes; factored mode's is 3.
 
     Weight decay λ in efficient mode acts on A and B, in factored mode on their product,
     ``s·B·A ← (1 − γλ)·s·B·A``. In full mode it acts on W, Eq. (58):
@@ -71,7 +63,7 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         weight_decay: λ.
         mode: ``"efficient"``, ``"full"`` or ``"factored"``.
         x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``, see :func:`lorapro.functional.align`.
-        steady: moments of A in units of its partner; efficient mode only.
+        damping: c, in steps; ``None`` is the mode's default.
 
     Raises:
         ValueError: an argument out of range, an unknown mode or x, groups without pairs, or weight
@@ -97,9 +89,12 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         weight_decay: float = 0.0,
         mode: str = "efficient",
         x: str = "sylvester",
-        steady: bool = False,
+        damping: float | None = None,
     ) -> None:
         self.check_adam(betas, eps)
+        check_choice("mode", mode, MODES)
+        if damping is None:
+            damping = DAMPING if mode == "factored" else 0.0
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -107,29 +102,27 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
             "weight_decay": weight_decay,
             "mode": mode,
             "x": x,
-            "steady": steady,
+            "damping": damping,
         }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see :class:`PairOptimizer`; an unknown mode is a ``ValueError``."""
-        mode, steady = (param_group.get(k, self.defaults[k]) for k in ("mode", "steady"))
-        check_choice("mode", mode, MODES)
-        if steady and mode != "efficient":
-            raise ValueError(f"steady=True is for mode='efficient', found mode={mode!r}.")
+        check_choice("mode", param_group.get("mode", self.defaults["mode"]), MODES)
         super().add_param_group(param_group)
 
-    def bases_to_move(self, group: dict[str, Any], bases: list[Any]) -> list[Any]:
+    def bases_to_move(self, group: dict[str, Any]) -> list[Any]:
         """In full mode with weight decay: the base weight of every pair (Eq. 58)."""
         mode, decay = (group.get(k, self.defaults[k]) for k in ("mode", "weight_decay"))
         if group["role"] != PAIRS or mode != "full" or not decay:
             return []
-        for name, base in zip(group["names"], bases, strict=True):
-            if base is None:
+        bases = [pair.base for pair in group["pairs"]]
+        for pair in group["pairs"]:
+            if pair.base is None:
                 raise ValueError(
                     f"weight decay in full mode scales the base weight (Eq. 58), but that of "
-                    f"{name!r} cannot be scaled (none was given, or it is quantized or made anew "
-                    "in every forward pass); use weight_decay=0 or mode='efficient'."
+                    f"{pair.name!r} cannot be scaled (none was given, or it is quantized or made "
+                    "anew in every forward pass); use weight_decay=0 or mode='efficient'."
                 )
         logger.warning(
             "full mode with weight decay changes the base weights, which an adapter saved alone "
@@ -142,132 +135,134 @@ class LoraProAdamW(AdamRule, TangentOptimizer):
         """Step one group."""
         if group["role"] != PAIRS:
             self.adamw_update(*plain_gradients(group), group)
-        elif group["mode"] == "efficient":
-            rest = step_pairs(
-                group,
-                "efficient",
-                self.adam_states,
-                betas=group["betas"],
-                eps=group["eps"],
-                flag=group["steady"],
-            )
-            for params, directions in aligned_gradients(
-                rest, group["x"], steady=group["steady"], native=False
-            ):
-                self.adamw_update(params, directions, group)
         elif group["mode"] == "factored":
-            self.tangent_update(
-                step_pairs(
-                    group,
-                    "factored",
-                    self.factored_states,
-                    betas=group["betas"],
-                    eps=group["eps"],
-                )
-            )
+            self.tangent_update(group)
         else:
-            rest = step_pairs(
-                group, "full", self.full_states, betas=group["betas"], eps=group["eps"]
-            )
-            for part, space in spaces(rest):
-                self._full_update(part, space, group)
+            step = self._efficient if group["mode"] == "efficient" else self._full
+            for batches in batches_of(group["pairs"], group["params"]):
+                step(group, batches)
+
+    def _efficient(self, group: dict[str, Any], batches: Batches) -> None:
+        """Algorithm 2: AdamW on the aligned gradients."""
+        directions = efficient_directions(batches, group["x"], group["damping"] * group["lr"])
+        self.adamw_update(batches.moved, batches.unstack_moved(*directions), group)
+
+    def _full(self, group: dict[str, Any], batches: Batches) -> None:
+        """Algorithm 3: AdamW's moments of g̃, aligned again."""
+        at = batches.point()
+        G = tangent_of(at, *align_at(at, *batches.gradients(), x="zero"))
+        self._make_full_state(batches)
+        steps, m, v = (self.held(batches.B, key) for key in (STEP, EXP_AVG, EXP_AVG_SQ))
+        torch._foreach_add_(steps, 1)
+        t = batches.per_matrix(steps)
+        (beta1, beta2), s = group["betas"], at.s.to(at.dtype)
+        root = (1 - beta2**t).sqrt()
+        corrections = (group["eps"] * root, root / (1 - beta1**t))
+        sizes = [part.count for part in batches.parts]
+        h_A, h_B = [], []
+        first = 0
+        for i, part in enumerate(batches.parts):
+            here = slice(first, first + len(part.B))
+            first = here.stop
+            eps, size = (c.to(at.dtype).split(sizes)[i] for c in corrections)
+            s_i = s.split(sizes)[i]
+            g = torch.baddbmm(G.B[i].mT @ at.A[i], at.B[i].mT, G.A[i]).mul_(s_i)
+            h = _adam_direction(part, g, m[here], v[here], (beta1, beta2), eps).mul_(size * s_i)
+            h_A.append(at.B[i] @ h)
+            h_B.append(at.A[i] @ h.mT)
+        if group["damping"]:
+            length = step_length(at, gram(h_B, at))
+            at = at.damped(group["damping"] * group["lr"] * length)
+        d_A, d_B = align_at(
+            at, h_A if batches.moves_A else None, h_B if batches.moves_B else None, x=group["x"]
+        )
+        lr, decay = group["lr"], group["weight_decay"]
+        new = [
+            None
+            if d is None
+            else [p - lr * q for p, q in zip(shrunk(P, lr, decay), d, strict=True)]
+            for P, d in ((at.A, d_A), (at.B, d_B))
+        ]
+        store(batches.moved, batches.unstack_moved(*new))
+
+    def _make_full_state(self, batches: Batches) -> None:
+        for part in batches.parts:
+            m, n = part.shape
+            for B in part.B:
+                if not self.state[B]:
+                    self.new_adam_state(B, shape=torch.Size((part.blocks, m, n)))
+                for key in (EXP_AVG, EXP_AVG_SQ):
+                    self.check_state(B, key, part.blocks * m * n)
 
     def decay(self, group: dict[str, Any]) -> float:
         """β1 of factored mode."""
         return group["betas"][0]
 
-    def new_state(self, A: Tensor, B: Tensor, blocks: int, m: int, n: int) -> None:
+    def new_state(self, A: Tensor, B: Tensor, blocks: int) -> None:
         """Momentum and the two means of factored mode."""
-        super().new_state(A, B, blocks, m, n)
-        self.state[B][ROWS] = torch.zeros(blocks, m, dtype=B.dtype, device=B.device)
-        self.state[A][COLUMNS] = torch.zeros(blocks, n, dtype=A.dtype, device=A.device)
+        super().new_state(A, B, blocks)
+        rank = A.shape[0] // blocks if A.shape[0] % blocks == 0 else A.shape[0]
+        self.state[B][ROWS] = B.new_zeros(blocks, B.numel() // (rank * blocks))
+        self.state[A][COLUMNS] = A.new_zeros(blocks, A.numel() // (rank * blocks))
 
-    def factored_states(self, A: Tensor, B: Tensor) -> list[Tensor]:
-        """What factored mode keeps of one pair of matrices, made if need be."""
-        momentum_A, momentum_B, step = self.tangent_states(A, B)
-        columns = check_state(self.state[A], COLUMNS, A[0].numel())
-        return [momentum_A, momentum_B, columns, check_state(self.state[B], ROWS, len(B)), step]
-
-    def direction(
-        self, group: dict[str, Any], part: list[Bucket], space: Space, M: Tangent, G: Tangent
-    ) -> Direction:
-        """Factored mode: ``h = D_row·M̂·D_col`` with ``M = s·[B, M_B]·[M_A; A]``."""
+    def rule(self, group: dict[str, Any], batches: Batches) -> Rule:
+        """Factored mode: AdamW with row and column means for a second moment."""
         beta1, beta2 = group["betas"]
-        left: list[list[Tensor]] = [[], []]
-        right: list[list[Tensor]] = [[], []]
-        sizes = split(space.s, space.A)
-        for i, (b, row, column) in enumerate(zip(part, *squared_means(space, G), strict=True)):
-            held = [self.state[B][ROWS] for B in b.params_B]
-            held_columns = [self.state[A][COLUMNS] for A in b.params_A]
-            t = torch.tensor([float(self.state[B][STEP]) for B in b.params_B], dtype=row.dtype)
-            t = t.repeat_interleave(b.blocks)[:, None].to(row.device)
-            rows = _average(held, row, beta2) / (1 - beta2**t)
-            columns = _average(held_columns, column, beta2) / (1 - beta2**t)
-            D_row, D_col = scales(rows, columns, group["eps"])
-            D_row = (D_row * (sizes[i][:, 0] / (1 - beta1**t))).unsqueeze(-1)
-            for out, side in zip(left, (space.B, M.B), strict=True):
-                out.append(D_row * side.parts[i])
-            for out, wide in zip(right, (M.A, space.A), strict=True):
-                out.append(wide.parts[i] * D_col.unsqueeze(-2))
-        return Direction((Tall(left[0]), Tall(left[1])), (Wide(right[0]), Wide(right[1])))
+        t = batches.per_matrix(self.held(batches.B, STEP))
 
-    def full_states(self, A: Tensor, B: Tensor) -> list[Tensor]:
-        """Full mode's moments (1, m, n) and step counter of a pair of matrices."""
-        state, m, n = self.state[B], len(B), A[0].numel()
-        if not state:
-            state.update(new_adam_state(B, shape=torch.Size((1, m, n))))
-        moments = [check_state(state, key, m * n) for key in (EXP_AVG, EXP_AVG_SQ)]
-        return [*moments, state[STEP]]
+        def direction(at: Point, M: Tangent, G: Tangent) -> Direction:
+            rows, columns = squared_means(at, G)
+            rows = self._average(batches.B, ROWS, rows, beta2)
+            columns = self._average(batches.A, COLUMNS, columns, beta2)
+            root = (1 - beta2**t).sqrt()
+            return factored_adam(at, M, rows, columns, root / (1 - beta1**t), group["eps"] * root)
 
-    def _full_update(self, part: list[Bucket], space: Space, group: dict[str, Any]) -> None:
-        """Algorithm 3. The (m, n) part goes pair by pair."""
-        G = space.project(*gradients(part, space))
-        h_A, h_B = [], []
-        for b, s, G_A, G_B in zip(part, split(space.s, space.A), G.A.parts, G.B.parts, strict=True):
-            sides = self._full_directions(b, s, G_A, G_B, group)
-            h_A.append(sides[0].to(G_A.dtype))
-            h_B.append(sides[1].to(G_B.dtype))
-        take_steps(part, space, *space.align(Wide(h_A), Tall(h_B)), group)
+        return direction
 
-    def _full_directions(
-        self, b: Bucket, s: Tensor, G_A: Tensor, G_B: Tensor, group: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """``(s·Bᵀh, s·h·Aᵀ)`` of pairs of one shape, ``h = m̂/(√v̂ + ε)`` from moments of g̃."""
-        beta1, beta2 = group["betas"]
-        work = torch.promote_types(b.A.dtype, torch.float32)
-        A, B, s, G_A, G_B = (t.to(work) for t in (b.A, b.B, s, G_A, G_B))
-        L, R = s * torch.cat([B, G_B], -1), torch.cat([G_A, A], -2)
-        h_A, h_B = [], []
-        for i, key in enumerate(b.params_B):
-            rows = slice(i * b.blocks, (i + 1) * b.blocks)
-            g = L[rows] @ R[rows]
-            state = self.state[key]
-            if not state:
-                state.update(new_adam_state(key, shape=g.shape))
-            h = _adam_direction(state, g, beta1, beta2, group["eps"])
-            h_A.append(s[rows] * (B[rows].mT @ h))
-            h_B.append(s[rows] * (h @ A[rows].mT))
-        return torch.cat(h_A), torch.cat(h_B)
+    def _average(self, params: list[Tensor], key: str, new: Rows, beta: float) -> Rows:
+        """Moving averages, kept in the state."""
+        averages, first = [], 0
+        for x in new:
+            blocks = len(self.state[params[first]][key])
+            held = self.held(params[first : first + len(x) // blocks], key)
+            first += len(held)
+            averages.append(torch.cat(held).to(x.dtype).lerp(x, 1 - beta))
+            torch._foreach_copy_(held, averages[-1].split(blocks))
+        return averages
+
+
+def efficient_directions(
+    batches: Batches, x: str, reach: float | Tensor
+) -> tuple[Rows | None, Rows | None]:
+    """Aligned gradients for a rule that divides them by their own size, as Adam does.
+
+    Such a step moves every entry of B by about γ, that is W by ``s·γ·√m·σ(A)`` at most:
+    ``reach = γ·damping`` counts in those.
+    """
+    at = batches.point()
+    if isinstance(reach, Tensor) or reach:
+        columns = batches.per_part(lambda shape: shape[0] ** 0.5)
+        at = at.damped(reach * columns * at.s * (trace(at.S_A) / at.S_A.shape[-1]).sqrt())
+    return align_at(at, *batches.gradients(), x=x)
 
 
 def _adam_direction(
-    state: dict[str, Tensor], g: Tensor, beta1: float, beta2: float, eps: float
+    part: Part,
+    g: Tensor,
+    m: list[Tensor],
+    v: list[Tensor],
+    betas: tuple[float, float],
+    eps: Tensor,
 ) -> Tensor:
-    """Update the moments by g and return ``h = m̂ / (√v̂ + ε)``."""
-    step, m, v = state[STEP], state[EXP_AVG], state[EXP_AVG_SQ]
-    step += 1
-    t = int(step)  # the counter lives on the host
-    m.lerp_(g.to(m.dtype), 1 - beta1)
-    v.mul_(beta2).addcmul_(g.to(v.dtype), g.to(v.dtype), value=1 - beta2)
-    # m̂/(√v̂ + ε) with the bias corrections taken out of the passes over (m, n).
-    root = (1 - beta2**t) ** 0.5
-    h = v.to(g.dtype).sqrt().add_(eps * root)
-    return torch.div(m.to(g.dtype), h, out=h).mul_(root / (1 - beta1**t))
-
-
-def _average(held: list[Tensor], new: Tensor, beta: float) -> Tensor:
-    """Moving average of stacked values, written back to the tensors that hold it."""
-    moment = torch.cat(held).to(new.dtype).lerp(new, 1 - beta)
-    for kept, part in zip(held, moment.split(held[0].shape[0]), strict=True):
-        kept.copy_(part)
-    return moment
+    """Update the moments by g (k, m, n) and return ``m/(√v + ε)`` in the memory of g."""
+    gs = list(g.split(part.blocks))
+    same = [x.to(m[0].dtype) for x in gs] if m[0].dtype != g.dtype else gs
+    shaped = [x.view(part.blocks, *g.shape[1:]) for x in m]
+    squares = [x.view(part.blocks, *g.shape[1:]) for x in v]
+    torch._foreach_lerp_(shaped, same, 1 - betas[0])
+    torch._foreach_mul_(squares, betas[1])
+    torch._foreach_addcmul_(squares, same, same, 1 - betas[1])
+    torch._foreach_copy_(gs, squares)
+    g.sqrt_().add_(eps).reciprocal_()
+    torch._foreach_mul_(gs, shaped)
+    return g

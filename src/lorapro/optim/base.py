@@ -1,7 +1,8 @@
 """What every optimizer of this package shares: groups that hold pairs, and saving.
 
 Roles of a parameter group
-    pairs   low-rank pairs, ``params = [A0, B0, A1, B1, …]``, from ``lorapro.lora_param_groups``
+    pairs   low-rank pairs from ``lorapro.lora_param_groups``: ``params = [A0, B0, A1, B1, …]``, and
+            in ``pairs`` the :class:`lorapro.factors.LoraPair` each two of them belong to
     plain   any other parameter, trained by the optimizer's ordinary rule
     base    frozen weights ``W0`` that decay with their adapter (AdamW in full mode only)
 """
@@ -15,14 +16,14 @@ import torch
 from torch.optim import Optimizer
 
 from lorapro.choices import check_choice
+from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
-from lorapro.optim.stacking import keep_freed_memory
 
 __all__ = ["BASE", "PAIRS", "PLAIN", "PairOptimizer"]
 
 PAIRS, PLAIN, BASE = "pairs", "plain", "base"
 # What describes the model rather than the run: kept from the live optimizer when a state is loaded.
-STRUCTURE = ("role", "names", "scalings", "layouts", "blocks", "unaligned")
+STRUCTURE = ("role", "pairs", "names", "unaligned")
 WEIGHT = "weight"
 
 
@@ -38,8 +39,9 @@ class PairOptimizer(Optimizer):
         _check_lr(defaults["lr"])
         if not defaults["weight_decay"] >= 0:
             raise ValueError(f"weight_decay is {defaults['weight_decay']}, expected 0 or more.")
+        if not 0 <= defaults["damping"] < float("inf"):
+            raise ValueError(f"damping is {defaults['damping']}, expected 0 or more steps.")
         super().__init__(params, defaults)
-        keep_freed_memory()
         if not any(group["role"] == PAIRS for group in self.param_groups):
             raise ValueError(
                 "no parameter group holds LoRA pairs; build the groups with "
@@ -56,13 +58,13 @@ class PairOptimizer(Optimizer):
         group.setdefault("role", PLAIN)
         check_choice("x", group.get("x", self.defaults["x"]), X_CHOICES)
         _check_lr(group.get("lr", self.defaults["lr"]))
-        moved = self.bases_to_move(group, group.pop("bases", []))
+        moved = self.bases_to_move(group)
         super().add_param_group(group)
         if moved:
             options = {k: group[k] for k in self.defaults}
             super().add_param_group({"params": moved, "role": BASE, **options})
 
-    def bases_to_move(self, group: dict[str, Any], bases: list[Any]) -> list[Any]:
+    def bases_to_move(self, group: dict[str, Any]) -> list[Any]:
         """Base weights that a new group of pairs makes this optimizer decay: none, as a rule."""
         return []
 
@@ -70,7 +72,6 @@ class PairOptimizer(Optimizer):
         """Step one group."""
         raise NotImplementedError
 
-    @torch.compiler.disable  # nothing to fuse, and tensors that come and go make it compile anew
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -106,6 +107,15 @@ class PairOptimizer(Optimizer):
                     self.state[p][WEIGHT] = p.detach()
         packed = super().state_dict()
         self._drop_carried_weights()
+        for group in packed["param_groups"]:
+            if "pairs" in group:
+                pairs: list[LoraPair] = group.pop("pairs")
+                group |= {
+                    "names": [p.name for p in pairs],
+                    "scalings": [p.scaling for p in pairs],
+                    "layouts": [p.layout for p in pairs],
+                    "blocks": [p.blocks for p in pairs],
+                }
         return packed
 
     @torch.no_grad()
@@ -117,10 +127,11 @@ class PairOptimizer(Optimizer):
         """
         live = [{k: g[k] for k in STRUCTURE if k in g} for g in self.param_groups]
         for saved, group in zip(state_dict["param_groups"], live, strict=False):
-            if "names" in saved and saved["names"] != group.get("names"):
+            names = [p.name for p in group["pairs"]] if "pairs" in group else group.get("names")
+            if "names" in saved and saved["names"] != names:
                 differ = [
                     f"{a!r} (saved) and {b!r} (here)"
-                    for a, b in zip(saved["names"], group.get("names", []), strict=False)
+                    for a, b in zip(saved["names"], names or [], strict=False)
                     if a != b
                 ]
                 raise ValueError(
@@ -138,6 +149,8 @@ class PairOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         self._keep_float32(state_dict)
         for group, own in zip(self.param_groups, live, strict=True):
+            for key in ("scalings", "layouts", "blocks"):
+                group.pop(key, None)
             group.update(own)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -167,7 +180,8 @@ class PairOptimizer(Optimizer):
 def _rule(group: dict[str, Any]) -> str:
     """Which rule keeps the state of a group of pairs; torch's own AdamW and SGD are known too."""
     if "mode" in group:
-        return f"AdamW, mode {group['mode']!r}" + (", steady" if group.get("steady") else "")
+        old = ", steady (moments in units that are gone, see damping)"
+        return f"AdamW, mode {group['mode']!r}" + (old if group.get("steady") else "")
     if "betas" in group:
         return "Muon" if "momentum" in group else "AdamW, mode 'efficient'"
     return "SGD"

@@ -15,6 +15,7 @@ from lorapro.optim.adamw import LoraProAdamW
 from lorapro.optim.base import PairOptimizer
 from lorapro.optim.muon import LoraProMuon
 from lorapro.optim.sgd import LoraProSGD
+from lorapro.optim.tangent import DAMPING
 from lorapro.param_groups import lora_param_groups
 from lorapro.rates import chosen_rate
 
@@ -38,9 +39,8 @@ def create_lorapro_optimizer(
 ) -> PairOptimizer:
     """Build the optimizer for a PEFT model: its pairs aligned, all else trainable plainly.
 
-    By default this is AdamW in efficient mode with ``steady=True``, which did best in the
-    comparisons of ``results/``; :class:`LoraProAdamW` itself defaults to the paper's Algorithm 2,
-    ``steady=False``.
+    By default this is AdamW in efficient mode with ``damping=3``; :class:`LoraProAdamW` itself
+    defaults to the paper's Algorithm 2, ``damping=0``.
 
     Args:
         model: a PEFT model with trainable LoRA layers.
@@ -49,7 +49,7 @@ def create_lorapro_optimizer(
             logs it.
         adapter: train this adapter only.
         on_unaligned: ``"error"`` or ``"plain"``, see ``lorapro.lora_param_groups``.
-        kwargs: arguments of the optimizer: ``mode``, ``x``, ``weight_decay``, ``steady``, …
+        kwargs: arguments of the optimizer: ``mode``, ``x``, ``weight_decay``, ``damping``, …
 
     Returns:
         A :class:`LoraProAdamW`, :class:`LoraProSGD` or :class:`LoraProMuon`.
@@ -62,13 +62,13 @@ def create_lorapro_optimizer(
     >>> model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
     >>> create_lorapro_optimizer(model, mode="full", lr=1e-4).param_groups[0]["mode"]
     'full'
-    >>> create_lorapro_optimizer(model, lr=5e-4).param_groups[0]["steady"]
-    True
+    >>> create_lorapro_optimizer(model, lr=5e-4).param_groups[0]["damping"]
+    3.0
     """
     options = dict(kwargs) if lr is None else {"lr": lr, **kwargs}
     check_options(optimizer, {**options, "on_unaligned": on_unaligned})
     if optimizer == "adamw" and options.get("mode", "efficient") == "efficient":
-        options.setdefault("steady", True)
+        options.setdefault("damping", DAMPING)
     groups = lora_param_groups(model, adapter=adapter, on_unaligned=on_unaligned)
     if options.get("mode") == "full" and options.get("weight_decay"):
         from lorapro.export_guard import guard_saving
@@ -94,7 +94,7 @@ def check_options(optimizer: str, options: Mapping[str, Any]) -> None:
     Traceback (most recent call last):
         ...
     ValueError: unknown option 'wieght_decay' of LoraProAdamW (did you mean 'weight_decay'?); \
-expected one of: adapter, on_unaligned, lr, betas, eps, weight_decay, mode, x, steady
+expected one of: adapter, on_unaligned, lr, betas, eps, weight_decay, mode, x, damping
     """
     check_choice("optimizer", optimizer, OPTIMIZERS)
     cls = OPTIMIZERS[optimizer]

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from lorapro.choices import check_choice
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
-from lorapro.optim.aligned import aligned_gradients
+from lorapro.optim.adamw import efficient_directions
+from lorapro.optim.batches import batches_of
 from lorapro.param_groups import lora_param_groups
 
 __all__ = ["align_gradients"]
@@ -24,7 +25,7 @@ def align_gradients(
     model: nn.Module | None,
     x: str = "sylvester",
     *,
-    steady: bool = False,
+    damping: float = 0.0,
     adapter: str | None = None,
     pairs: Iterable[LoraPair] | None = None,
     on_unaligned: str = "error",
@@ -40,8 +41,9 @@ def align_gradients(
         optimizer: an optimizer that holds the model's factors (also one wrapped by accelerate).
         model: the PEFT model; ``None`` if ``pairs`` are given.
         x: the choice of X, see :func:`lorapro.functional.align`.
-        steady: give d_A in units of its partner, as :class:`LoraProAdamW` does: for optimizers that
-            divide by the size of past gradients, as Adam does, not for plain descent.
+        damping: directions of B shorter than this many steps are damped, as
+            :class:`LoraProAdamW` does in efficient mode; a step is taken for one that moves each
+            entry of B by about the learning rate, as Adam's does.
         adapter: align the pairs of this adapter only.
         pairs: pairs by hand, beside those of the model.
         on_unaligned: ``"error"`` or ``"plain"``, see ``lorapro.lora_param_groups``.
@@ -65,6 +67,7 @@ def align_gradients(
     """
     check_choice("x", x, X_CHOICES)
     group = lora_param_groups(model, adapter=adapter, pairs=pairs, on_unaligned=on_unaligned)[0]
+    pairs_ = group["pairs"]
     inner: Any = optimizer
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
         inner = inner.optimizer  # accelerate's wrapper
@@ -72,16 +75,17 @@ def align_gradients(
     for i, p in enumerate(group["params"]):
         if p.requires_grad and id(p) not in held:
             raise ValueError(
-                f"the optimizer does not hold factor {'AB'[i % 2]} of {group['names'][i // 2]!r}; "
+                f"the optimizer does not hold factor {'AB'[i % 2]} of {pairs_[i // 2].name!r}; "
                 "build it from the parameters of this model."
             )
 
-    @torch.compiler.disable
     @torch.no_grad()
     def align_now() -> None:
-        for params, directions in aligned_gradients(group, x, steady=steady):
-            held: list[Any] = [p.grad for p in params]
-            torch._foreach_copy_(held, directions)
+        for batches in batches_of(pairs_, group["params"]):
+            reach = damping * _lr_of(inner, batches.moved[0]) if damping else 0.0
+            directions = efficient_directions(batches, x, reach)
+            held: list[Any] = [p.grad for p in batches.moved]
+            torch._foreach_copy_(held, batches.unstack_moved(*directions))
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -99,3 +103,8 @@ def align_gradients(
         return args, {**kwargs, "closure": aligned_closure}
 
     return inner.register_step_pre_hook(before_step)
+
+
+def _lr_of(optimizer: Optimizer, p: torch.Tensor) -> Any:
+    """Learning rate of the group that holds a parameter."""
+    return next(g["lr"] for g in optimizer.param_groups if any(p is q for q in g["params"]))

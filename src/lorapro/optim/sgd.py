@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
 
-from lorapro.optim.aligned import aligned_gradients
+from lorapro.functional import align_at, step_length
+from lorapro.optim.adam_rule import plain_gradients
 from lorapro.optim.base import PAIRS, PairOptimizer
-from lorapro.optim.stacking import plain_gradients
+from lorapro.optim.batches import batches_of
+from lorapro.optim.rules import gram
 
 __all__ = ["LoraProSGD"]
 
@@ -32,6 +34,8 @@ class LoraProSGD(PairOptimizer):
         momentum: momentum factor, 0 for Algorithm 1 as printed.
         weight_decay: ``A ← (1 − γλ)A − γ·d_A``, likewise B.
         x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``.
+        damping: directions of ``s·B·A`` shorter than this many steps are damped, see
+            :func:`lorapro.functional.align`; 0 is the paper's.
 
     Raises:
         ValueError: an argument out of range, an unknown x, or groups without pairs.
@@ -55,34 +59,46 @@ class LoraProSGD(PairOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         x: str = "sylvester",
+        damping: float = 0.0,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}, expected 0 or more and below 1.")
         super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "x": x}
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "x": x,
+                "damping": damping,
+            },
         )
 
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""
-        if group["role"] == PAIRS:
-            for params, directions in aligned_gradients(group, group["x"]):
-                self._descend(params, directions, group)
-        else:
+        if group["role"] != PAIRS:
             self._descend(*plain_gradients(group), group)
+            return
+        for batches in batches_of(group["pairs"], group["params"]):
+            at = batches.point()
+            grad_A, grad_B = batches.gradients()
+            if group["damping"] and grad_B is not None:
+                length = step_length(at, gram(grad_B, at))
+                at = at.damped(group["damping"] * group["lr"] * length)
+            directions = align_at(at, grad_A, grad_B, x=group["x"])
+            self._descend(batches.moved, batches.unstack_moved(*directions), group)
 
     def _descend(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        buffers: list[Tensor | None] = [self.state[p].get(MOMENTUM) for p in params]
-        sgd(
-            params,
-            grads,
-            buffers,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
+        if not params:
+            return
+        if group["weight_decay"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         if group["momentum"]:
-            for p, buffer in zip(params, buffers, strict=True):
-                self.state[p][MOMENTUM] = buffer
+            for p in params:
+                if MOMENTUM not in self.state[p]:
+                    self.state[p][MOMENTUM] = torch.zeros_like(p)
+            buffers = [self.state[p][MOMENTUM] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            grads = buffers
+        torch._foreach_add_(params, torch._foreach_mul(grads, -group["lr"]))

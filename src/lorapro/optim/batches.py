@@ -1,0 +1,191 @@
+"""Pairs of one shape as one batch, and back.
+
+The optimizers see a group of pairs as a few :class:`Batches`: all pairs of one rank, precision,
+device and of the same trained factors, in one part for every shape. What a step computes is rows
+(``lorapro.gram``), one tensor a part, so that the number of operations depends on how many shapes
+there are, not on how many pairs.
+
+Shape letters: k pairs of a part; m, n rows and columns of W; r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorapro.factors import LoraPair, as_A, as_B, from_A, from_B
+from lorapro.functional import Point, point_at
+from lorapro.gram import Rows
+
+__all__ = ["Batches", "batches_of"]
+
+
+@dataclass
+class Part:
+    """Pairs of one shape and layout."""
+
+    layout: str
+    blocks: int
+    A: list[Tensor] = field(default_factory=list)
+    B: list[Tensor] = field(default_factory=list)
+    scalings: list[float] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Number of pairs of matrices."""
+        return len(self.A) * self.blocks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the adapted weights."""
+        m, n = self.B[0].numel(), self.A[0].numel()
+        rank = as_A(self.A[0], self.layout, self.blocks).shape[-2]
+        return m // (rank * self.blocks), n // (rank * self.blocks)
+
+    def stack_A(self, like_A: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+        """A-like tensors as (k, r, n)."""
+        return torch.cat([as_A(t, self.layout, self.blocks) for t in like_A]).to(dtype)
+
+    def stack_B(self, like_B: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+        """B-like tensors as rows of their transpose, (k, r, m)."""
+        return torch.cat([as_B(t, self.layout, self.blocks) for t in like_B]).to(dtype).mT
+
+    def unstack_A(self, X: Tensor) -> list[Tensor]:
+        """(k, r, n) as tensors like the stored A."""
+        parts = X.to(self.A[0].dtype).split(self.blocks)
+        return [from_A(x, like) for x, like in zip(parts, self.A, strict=True)]
+
+    def unstack_B(self, X: Tensor) -> list[Tensor]:
+        """(k, r, m) as tensors like the stored B."""
+        parts = X.mT.to(self.B[0].dtype).split(self.blocks)
+        return [from_B(x, like, self.layout) for x, like in zip(parts, self.B, strict=True)]
+
+
+@dataclass
+class Batches:
+    """Pairs that are stepped together.
+
+    Attributes:
+        parts: one for each shape.
+        moves_A: whether A has a gradient; else it stays and B solves the problem alone.
+        moves_B: likewise.
+    """
+
+    parts: list[Part]
+    moves_A: bool
+    moves_B: bool
+
+    @property
+    def A(self) -> list[Tensor]:
+        """The parameters of A, part by part."""
+        return [p for part in self.parts for p in part.A]
+
+    @property
+    def B(self) -> list[Tensor]:
+        """The parameters of B, part by part."""
+        return [p for part in self.parts for p in part.B]
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+        return (self.A if self.moves_A else []) + (self.B if self.moves_B else [])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the long products: that of the factors, float32 at least."""
+        return torch.promote_types(self.A[0].dtype, torch.float32)
+
+    def rows_A(self, read: Callable[[Tensor], Tensor]) -> Rows:
+        """``read(A)`` of every pair as rows (k, r, n)."""
+        return [part.stack_A(map(read, part.A), self.dtype) for part in self.parts]
+
+    def rows_B(self, read: Callable[[Tensor], Tensor]) -> Rows:
+        """``read(B)`` of every pair as rows (k, r, m)."""
+        return [part.stack_B(map(read, part.B), self.dtype) for part in self.parts]
+
+    def gradients(self) -> tuple[Rows | None, Rows | None]:
+        """Gradients of A and of B as rows, ``None`` where there is none."""
+        return (
+            self.rows_A(_gradient) if self.moves_A else None,
+            self.rows_B(_gradient) if self.moves_B else None,
+        )
+
+    def point(self) -> Point:
+        """The factors."""
+        s = self.per_pair([s for part in self.parts for s in part.scalings for _ in _of(part)])
+        return point_at(self.rows_A(_value), self.rows_B(_value), s)
+
+    def per_pair(self, values: Sequence[float]) -> Tensor:
+        """A number for every pair of matrices, (k, 1, 1) in float64."""
+        where = self.A[0].device
+        return torch.tensor(values, dtype=torch.float64, device=where)[:, None, None]
+
+    def per_part(self, value: Callable[[tuple[int, int]], float]) -> Tensor:
+        """A number that depends on the shape (m, n), for every pair of matrices, (k, 1, 1)."""
+        return self.per_pair([v for p in self.parts for v in [value(p.shape)] * p.count])
+
+    def per_matrix(self, per_parameter: Sequence[Tensor]) -> Tensor:
+        """Scalars of the parameters B as one for every pair of matrices, (k, 1, 1) in float64."""
+        values = torch.stack(list(per_parameter)).double()
+        blocks = [part.blocks for part in self.parts for _ in part.B]
+        if max(blocks) > 1:
+            values = torch.cat([v.expand(b) for v, b in zip(values.split(1), blocks, strict=True)])
+        return values[:, None, None]
+
+    def unstack_A(self, X: Rows) -> list[Tensor]:
+        """Rows as tensors like the parameters of A, in the order of :attr:`A`."""
+        return [t for part, x in zip(self.parts, X, strict=True) for t in part.unstack_A(x)]
+
+    def unstack_B(self, X: Rows) -> list[Tensor]:
+        """Rows as tensors like the parameters of B, in the order of :attr:`B`."""
+        return [t for part, x in zip(self.parts, X, strict=True) for t in part.unstack_B(x)]
+
+    def unstack_moved(self, X_A: Rows | None, X_B: Rows | None) -> list[Tensor]:
+        """Rows as tensors like :attr:`moved`."""
+        left = self.unstack_A(X_A) if self.moves_A and X_A is not None else []
+        return left + (self.unstack_B(X_B) if self.moves_B and X_B is not None else [])
+
+
+def batches_of(pairs: Sequence[LoraPair], params: Sequence[Tensor]) -> list[Batches]:
+    """Pairs that have gradients, batched.
+
+    Args:
+        pairs: how the pairs are laid out.
+        params: their parameters ``[A0, B0, A1, B1, …]``; a group's own list, since frameworks
+            exchange the parameters of a group for others.
+    """
+    found: dict[tuple[object, ...], dict[tuple[object, ...], Part]] = {}
+    for pair, A, B in zip(pairs, params[::2], params[1::2], strict=True):
+        moves = A.grad is not None, B.grad is not None
+        if not any(moves):
+            continue
+        rank = A.shape[0] // (1 if pair.layout == "matrix" else pair.blocks)
+        together = rank, A.dtype, B.dtype, A.device, moves
+        alike = pair.layout, pair.blocks, A.shape, B.shape
+        parts = found.setdefault(together, {})
+        part = parts.setdefault(alike, Part(pair.layout, pair.blocks))
+        part.A.append(A)
+        part.B.append(B)
+        part.scalings.append(pair.scaling)
+    return [
+        Batches(list(parts.values()), *key[-1])  # type: ignore[misc]
+        for key, parts in found.items()
+    ]
+
+
+def _value(p: Tensor) -> Tensor:
+    return p.detach()
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    if p.grad.is_sparse:
+        raise ValueError("a low-rank factor has a sparse gradient; use sparse=False.")
+    return p.grad
+
+
+def _of(part: Part) -> range:
+    return range(part.blocks)

@@ -1,0 +1,186 @@
+"""Rules of full fine-tuning, applied to a tangent vector: from momentum to direction.
+
+A rule is a function that gets the factors and the momentum ``M = s·(B·M_A + M_B·A)`` and returns
+what full fine-tuning would do with M, as a :class:`Direction` ``h = L·core·R`` of rank 2r that is
+never multiplied out. A third rule is one more function of this kind and the class that calls it.
+
+Shape letters
+    m, n  rows and columns of W;  r  rank;  k  pairs
+    A, M_A  rows (k, r, n);  B, M_B  rows of the transpose (k, r, m)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorapro.functional import Point
+from lorapro.gram import Rows, combine, inner, orthonormal, precise, trace, unit
+
+__all__ = ["Direction", "Tangent", "factored_adam", "gram", "muon", "polar", "squared_means"]
+
+
+class Tangent(NamedTuple):
+    """A tangent vector ``s·(B·A_part + B_part·A)`` at some (A, B); rows."""
+
+    A: Rows
+    B: Rows
+
+    def lerp(self, end: Tangent, weight: float | Tensor) -> Tangent:
+        """``(1 − weight)·self + weight·end``."""
+        return Tangent(
+            [a.lerp(b, weight) for a, b in zip(self.A, end.A, strict=True)],
+            [a.lerp(b, weight) for a, b in zip(self.B, end.B, strict=True)],
+        )
+
+    def frame(self, at: Point) -> tuple[list[Tensor], list[Tensor]]:
+        """``R = [A_part; A]`` and ``L = [B, B_part]``, rows (k, 2r, …): the vector is ``s·L·R``."""
+        return _under(self.A, at.A), _under(at.B, self.B)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """``h = L·core·R`` with L (m, 2r) and R (2r, n).
+
+    Attributes:
+        left: L, rows of the transpose.
+        right: R.
+        core: (k, 2r, 2r).
+        left_B: ``Bᵀ·L``, (k, r, 2r).
+        right_A: ``R·Aᵀ``, (k, 2r, r).
+        left_left: ``Lᵀ·L``, (k, 2r, 2r).
+    """
+
+    left: Rows
+    right: Rows
+    core: Tensor
+    left_B: Tensor
+    right_A: Tensor
+    left_left: Tensor
+
+
+def muon(at: Point, M: Tangent, speed: Tensor) -> Direction:
+    """Muon: ``h = speed·U·Vᵀ`` where ``M = U Σ Vᵀ``, all 2r directions at one speed.
+
+    ``M = [B, M_B]·[M_A; A]``; its polar factor is that of a (2r, 2r) core in orthonormal
+    coordinates: those of B, of M_B (orthogonal to B by the choice X = 0), of A and of the part of
+    M_A outside the rows of A.
+
+    Args:
+        at: the factors.
+        M: the momentum.
+        speed: the length of every direction, (k, 1, 1).
+    """
+    right, left = M.frame(at)
+    R, L = (gram(rows, at) for rows in (right, left))
+    r = at.S_A.shape[-1]
+    inside = R[:, :r, r:] @ at.inv_A.full  # M_A = inside·A + what is outside the rows of A
+    outside = R[:, :r, :r] - inside @ R[:, r:, :r]
+    grams = (outside, at.S_A, at.S_B, L[:, r:, r:])
+    sizes = torch.cat([trace(G) for G in (R[:, :r, :r], *grams[1:])])
+    V, roots = (T.chunk(4) for T in orthonormal(torch.cat(grams), sizes, at.dtype))
+    core, to_left, to_right = (torch.zeros_like(R) for _ in range(3))
+    core[:, :r, :r] = roots[2].mT @ roots[0]
+    core[:, :r, r:] = roots[2].mT @ inside @ roots[1]
+    core[:, r:, r:] = roots[3].mT @ roots[1]
+    to_left[:, :r, :r], to_left[:, r:, r:] = V[2], V[3]
+    to_right[:, :r, :r], to_right[:, r:, r:] = V[0], V[1]
+    to_right[:, :r, r:] = -V[0] @ inside
+    core = to_left.mT @ (speed * polar(core.to(at.dtype))) @ to_right
+    return Direction(left, right, core, L[:, :r], R[:, :, r:], L)
+
+
+def squared_means(at: Point, G: Tangent) -> tuple[Rows, Rows]:
+    """Means of g̃∘g̃ over columns (k, m) and over rows (k, n) of ``g̃ = s·(B·G_A + G_B·A)``.
+
+    ``g̃ = s·L·R``, so the squares of row i sum to ``s²·l·(R·Rᵀ)·lᵀ`` with l row i of L; likewise for
+    columns. g̃ is not formed.
+    """
+    right, left = G.frame(at)
+    square, means = at.s.square(), []
+    for rows, others in ((left, right), (right, left)):
+        lengths = [y.shape[-1] for y in others for _ in y]
+        size = square / torch.tensor(lengths, device=at.s.device)[:, None, None]
+        seen = combine((size * gram(others, at), rows))
+        means.append([(x * y).sum(-2) for x, y in zip(seen, rows, strict=True)])
+    return means[0], means[1]
+
+
+def factored_adam(
+    at: Point, M: Tangent, rows: Rows, columns: Rows, scale: Tensor, eps: Tensor
+) -> Direction:
+    """AdamW with a second moment of row and column means: ``h = D_row·M̂·D_col``.
+
+    ``v̂ ≈ rows·columns/mean(rows)``, so ``D_row = 1/√(rows/mean(rows))`` and
+    ``D_col = 1/(√columns + ε)``; a row that never saw a gradient has no direction either.
+
+    Args:
+        at: the factors.
+        M: the first moment.
+        rows: second moments of the rows of W (k, m).
+        columns: of its columns (k, n).
+        scale: (k, 1, 1), both bias corrections: ``√(1 − β2ᵗ)/(1 − β1ᵗ)``.
+        eps: ``ε·√(1 − β2ᵗ)``, (k, 1, 1).
+    """
+    right, left = M.frame(at)
+    floors = eps[..., 0].to(at.dtype).split([len(x) for x in right])
+    noise = 16 * torch.finfo(at.dtype).eps  # where no more was seen, M holds no more either
+    for i, (row, column, floor) in enumerate(zip(rows, columns, floors, strict=True)):
+        mean = row.mean(-1, keepdim=True)
+        least = noise * mean
+        weight = (mean / torch.maximum(row, least)).sqrt().nan_to_num()
+        left[i] = left[i] * weight[:, None]
+        right[i] = right[i] / (torch.maximum(column, least).sqrt() + floor)[:, None]
+    exact_left, exact_right = precise(left), precise(right)
+    left_B = at.total(inner((at.exact_B, exact_left)))
+    right_A = at.total(inner((exact_right, at.exact_A)))
+    left_left = at.total(inner((exact_left, exact_left)))
+    eye = torch.eye(left_left.shape[-1], dtype=at.s.dtype, device=at.s.device)
+    return Direction(left, right, at.s * scale * eye, left_B, right_A, left_left)
+
+
+def gram(rows: Rows, at: Point) -> Tensor:
+    """``X·Xᵀ`` of rows in float64."""
+    exact = precise(rows)
+    return at.total(inner((exact, exact)))
+
+
+def _under(X: Rows, Y: Rows) -> list[Tensor]:
+    """``[X; Y]``, stored as X is."""
+    return [
+        torch.cat([x.mT, y.mT], -1).mT if x.stride(-2) == 1 else torch.cat([x, y], -2)
+        for x, y in zip(X, Y, strict=True)
+    ]
+
+
+# Odd polynomials a·x + b·x³ + c·x⁵ applied to the singular values, from [0, 1] to 1. The first has
+# the steepest start that stays bounded (Jordan et al., 2024); the second is Newton-Schulz of fifth
+# order, which converges to 1 from wherever the first leaves them.
+STEEP, SETTLE = (3.4445, -4.7750, 2.0315), (1.875, -1.25, 0.375)
+SCHEDULE = {
+    torch.float32: (STEEP,) * 5 + (SETTLE,) * 2,
+    torch.float64: (STEEP,) * 10 + (SETTLE,) * 5,
+}
+
+
+def polar(X: Tensor) -> Tensor:
+    """Polar factor ``U·Vᵀ`` of square matrices ``U Σ Vᵀ``, by Newton–Schulz steps.
+
+    Singular values down to about 1e-3 (float32) or 1e-5 (float64) of ``‖X‖_F`` come to 1; smaller
+    ones come out smaller than 1, and 0 stays 0.
+
+    Args:
+        X: (k, p, p).
+
+    >>> polar(torch.tensor([[[3.0, 0.0], [0.0, -0.5]]])).round(decimals=2)
+    tensor([[[ 1.,  0.],
+             [ 0., -1.]]])
+    """
+    X = X / unit(torch.linalg.matrix_norm(X, keepdim=True))
+    for a, b, c in SCHEDULE[X.dtype]:
+        S = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
+    return X

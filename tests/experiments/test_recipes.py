@@ -13,7 +13,6 @@ from lorapro.experiments.plan import load_comparison
 ROOT = Path(__file__).parents[2]
 FOLDERS = ROOT / "recipes", ROOT / "results"
 RECIPES = sorted(p.relative_to(ROOT).as_posix() for f in FOLDERS for p in f.rglob("*.y*ml"))
-RECIPES.remove("results/ideas/compare.yaml")  # for benchmarks/ideas.py, which adds its methods
 
 
 def test_there_are_recipes():

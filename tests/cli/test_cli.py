@@ -126,9 +126,10 @@ def test_compare_prints_table_figure_and_adapters(classify, tmp_path, capsys):
     path = str(write_yaml(tmp_path / "c.yaml", {**values, "max_steps": 2, "methods": methods}))
     assert main(["compare", path, "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "gap closed" in out
-    figure = next(line for line in out.splitlines() if line.startswith("Loss curves: "))
-    assert figure.endswith("out/curves.png")
+    assert "against lora" in out
+    page = next(line for line in out.splitlines() if line.startswith("Report: "))
+    assert page.endswith("out/report.html")
+    assert (tmp_path / "out" / "report.html").is_file()
     adapters = [line.split(": ")[1] for line in out.splitlines() if line.startswith("Adapter of")]
     assert len(adapters) == 2
     for adapter in adapters:

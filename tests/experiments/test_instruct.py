@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from lorapro.cli.main import main
 from lorapro.experiments.config import build_config
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.generation import generate, left_pad
@@ -254,3 +256,59 @@ def test_drawn_answers_are_the_same_each_time_and_leave_the_random_state(tmp_pat
     assert torch.equal(torch.get_rng_state(), before)
     assert len(set(first)) > 1
     assert generate(model, task.tokenizer, prompts, **options) == first
+
+
+def test_humaneval_continued_is_lm_evals_way_of_asking(tmp_path):
+    def says(text):
+        number = int(re.search(r"def add_(\d+)", text).group(1))
+        if "### Response" in text:
+            return "nothing"
+        assert text == f'<s>def add_{number}(x):\n    """Add {number} to x."""\n'
+        return f"    return x + {number}\n\ndef rest(:"
+
+    options = {"allow_code_execution": True, "code_seconds": 20, "humaneval_continued": True}
+    metrics, _, records = answered("codefeedback", tmp_path, says, **options)
+    assert metrics == {"humaneval": 0, "humaneval_continued": 1}
+    assert records[0]["continued"]["completion"] == "    return x + 0\n"
+
+
+def test_lm_evals_own_tasks_run_beside_the_benchmark(tmp_path):
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(6)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "toy_sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (folder / "toy_sums.yaml").write_text(yaml.safe_dump(task))
+    asked = {"harness_tasks": ["toy_sums"], "harness_folder": str(folder)}
+    config = build_config(values("metamath", tmp_path, generation_samples=3, **asked))
+    test = run(config)["metrics"]["test"]
+    assert test["toy_sums.exact_match.none"] == 0
+    assert {"gsm8k_paper", "gsm8k_strict"} <= set(test)
+    make_task(config.with_values(harness_tasks=["gsm8k"]))  # lm-eval's own; its data is the hub's
+    with pytest.raises(UserError, match="without a sandbox"):
+        make_task(config.with_values(harness_tasks=["humaneval"]))
+
+
+def test_a_trained_run_is_evaluated_again(tmp_path, capsys):
+    config = build_config(values("metamath", tmp_path, generation_samples=4))
+    first = run(config)["metrics"]["test"]
+    capsys.readouterr()
+    assert main(["evaluate", str(config.folder)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {k: again[k] for k in again if k.startswith("gsm8k")} == {
+        k: first[k] for k in first if k.startswith("gsm8k")
+    }
+    assert main(["evaluate", str(config.folder), "--limit", "2"]) == 0
+    lines = (config.folder / "predictions-test.jsonl").read_text().splitlines()
+    assert len(lines) == 2

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorapro.cli.common import Parser, config_help, quiet_libraries
-from lorapro.experiments.errors import UserError
+from lorapro.experiments.errors import UserError, check_name
 
 __all__ = ["run"]
 
@@ -22,11 +22,13 @@ flags of the comparison:
   --seeds 0 1 2              one run a seed
   --strategy tune            tune: pick the learning rate with the first seed; grid: run everything
   --toy true                 the same recipe on tiny random models and written data, offline
+  --processes 4              so many runs at a time
+  --backend ray              on a Ray cluster, a local one if there is none (pip install ray)
 """
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run comparisons and print their tables."""
+def run(arguments: Sequence[str]) -> int:
+    """Run comparisons, print their tables, write their reports; return 1 if a run failed."""
     parser = Parser(
         "compare",
         usage="lorapro compare RECIPE.yaml [RECIPE.yaml ...] [--flag value ...]",
@@ -35,7 +37,7 @@ def run(arguments: Sequence[str]) -> None:
     if any(flag in ("-h", "--help") for flag in arguments):
         parser.epilog = f"{OWN_FLAGS}\n{config_help()}"
         parser.print_help()
-        return
+        return 0
     flags = list(arguments)
     recipes = []
     while flags and not flags[0].startswith("-"):
@@ -47,12 +49,16 @@ def run(arguments: Sequence[str]) -> None:
 
     quiet_libraries()  # before anything imports them
     from lorapro.experiments.plan import load_comparison
-    from lorapro.experiments.report import print_report, write
-    from lorapro.experiments.summary import groups, summarize_runs, summary_folder
+    from lorapro.experiments.report import report_comparison
     from lorapro.experiments.sweep import compare
+    from lorapro.experiments.workers import BACKENDS
 
     console = Console()
-    parent, flags = _take_folder(flags) if len(recipes) > 1 else (None, flags)
+    parent, flags = _take("output_dir", flags) if len(recipes) > 1 else (None, flags)
+    processes, flags = _take("processes", flags)
+    backend, flags = _take("backend", flags)
+    count = _count(processes)
+    check_name("backend", backend or "local", BACKENDS)
     names = [Path(recipe).stem for recipe in recipes]
     for name in names:
         if names.count(name) > 1:
@@ -62,28 +68,43 @@ def run(arguments: Sequence[str]) -> None:
         load_comparison(recipe, flags, folder=folder)
         for recipe, folder in zip(recipes, folders, strict=True)
     ]
+    failed: list[object] = []
     for comparison in comparisons:
         if len(comparisons) > 1:
             console.print(f"\n{comparison.recipe}", highlight=False)
-        results = compare(comparison, console)
-        for task, point, cells in groups(comparison):
-            summary = summarize_runs(comparison, results, task, point, cells)
-            where = summary_folder(comparison, task, point)
-            write(comparison.folder, summary, where)
-            print_report(where, comparison.folder, summary, console)
+        results = compare(comparison, console, processes=count, backend=backend or "local")
+        failed += [r for r in results.values() if r["status"] == "failed"]
+        report_comparison(comparison.folder, console)
+    if failed:
+        console.print(
+            f"{len(failed)} runs failed; error.txt in a run's folder says how, and the same "
+            "command tries them again",
+            highlight=False,
+        )
+    return 1 if failed else 0
 
 
-def _take_folder(flags: list[str]) -> tuple[str | None, list[str]]:
-    """Split off ``--output_dir``: with several recipes each gets a folder of its name in it."""
-    rest, folder = [], None
-    wanted = False
-    for flag in flags:
-        if wanted:
-            folder, wanted = flag, False
-        elif flag == "--output_dir":
-            wanted = True
-        elif flag.startswith("--output_dir="):
-            folder = flag.partition("=")[2]
+def _count(text: str | None) -> int:
+    try:
+        count = int(text or 1)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UserError(f"--processes must be a whole number of at least 1, found {text!r}")
+    return count
+
+
+def _take(name: str, flags: list[str]) -> tuple[str | None, list[str]]:
+    """Split off one flag with one value; return (value or None, the other flags)."""
+    rest, value = [], None
+    waiting = iter(flags)
+    for flag in waiting:
+        if flag == f"--{name}":
+            value = next(waiting, None)
+            if value is None:
+                raise UserError(f"--{name} needs a value")
+        elif flag.startswith(f"--{name}="):
+            value = flag.partition("=")[2]
         else:
             rest.append(flag)
-    return folder, rest
+    return value, rest

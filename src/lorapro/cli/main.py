@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train one model from a YAML config and --flag value overrides",
     "compare": "methods x learning rates x seeds: train what is missing, print the table",
+    "report": "tables, figures and verdicts of finished runs, as one page",
     "evaluate": "loss and metric of a trained run, or of a model before training",
     "inspect": "the adapter pairs of a model: shapes, ranks, scalings, what else is trained",
     "export": "a plain LoRA for the original base model, or a merged model",
@@ -20,11 +21,9 @@ COMMANDS = {
 }
 
 # Packages of the extra 'experiments': the core works without them.
-OPTIONAL = {"accelerate", "datasets", "gguf", "matplotlib", "pandas", "peft", "rich", "sklearn"} | {
-    "safetensors",
-    "tokenizers",
-    "transformers",
-    "yaml",
+OPTIONAL = {
+    *("accelerate", "datasets", "gguf", "jinja2", "matplotlib", "pandas", "peft", "rich"),
+    *("safetensors", "scipy", "sklearn", "tokenizers", "transformers", "yaml"),
 }
 
 
@@ -45,7 +44,10 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status (0 done, 2 bad input, 130 interrupted)."""
+    """Run the command line; return its exit status.
+
+    0: done, 1: a run of a comparison failed, 2: bad input, 130: interrupted.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not given or given[0] in ("-h", "--help", "help"):
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"lorapro {version('lorapro')}")
             return 0
         name = check_name("command", given[0], COMMANDS)
-        importlib.import_module(f"lorapro.cli.{name}").run(given[1:])
+        return importlib.import_module(f"lorapro.cli.{name}").run(given[1:]) or 0
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
@@ -77,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    return 0
 
 
 if __name__ == "__main__":

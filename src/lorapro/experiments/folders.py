@@ -52,7 +52,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ __all__ = [
     "RESULT",
     "RUN",
     "SAMPLES",
+    "BusyError",
     "claim",
     "clear",
     "last_checkpoint",
@@ -89,6 +90,10 @@ ADAPTER, MODEL, MERGED = "adapter", "model", "merged"
 INITIAL = "initial"  # first factors of a start away from zero, which the checkpoints need
 LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class BusyError(UserError):
+    """Another process trains this run."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -163,11 +168,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def clear(folder: Path) -> None:
     """Remove what a run writes, and nothing else."""
-    for name in (RESULT, RUN, CONFIG, METRICS, ITEMS, PREDICTIONS, SAMPLES, ERROR):
-        (folder / name).unlink(missing_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
     clear_checkpoints(folder)
     for name in (ADAPTER, MODEL, MERGED, INITIAL):
         shutil.rmtree(folder / name, ignore_errors=True)
+    # The folder's name tag goes last: killed on the way, it is still this run's.
+    for name in (METRICS, ITEMS, PREDICTIONS, SAMPLES, "diagnostics.jsonl", ERROR, CONFIG, RUN):
+        (folder / name).unlink(missing_ok=True)
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -203,7 +210,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder against other processes; a killed process holds nothing.
 
     Raises:
-        UserError: another process trains this run now.
+        BusyError: another process trains this run now.
     """
     try:
         import fcntl
@@ -219,18 +226,21 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process is training the run in {folder}") from None
+            raise BusyError(f"another process is training the run in {folder}") from None
         yield
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the most steps, if any."""
+def last_checkpoint(folder: Path, more: Sequence[str] = ()) -> Path | None:
+    """Return the complete checkpoint with the most steps, if any; ``more`` files belong to it.
+
+    Trainer writes ``trainer_state.json`` last: with it whole, the rest is.
+    """
     steps = {
         int(match.group(1)): path
         for path in folder.glob("checkpoint-*")
         if (match := _CHECKPOINT.fullmatch(path.name))
-        and (path / "trainer_state.json").is_file()
-        and (path / "optimizer.pt").is_file()
+        and _read(path / "trainer_state.json") is not None
+        and all((path / name).is_file() for name in ("optimizer.pt", *more))
     }
     return steps[max(steps)] if steps else None
 

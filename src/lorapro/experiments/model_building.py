@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["add_adapter", "build_model", "check_optimizer", "count_parameters", "total_steps"]
 
 
-def build_model(config: RunConfig, family: Family) -> Any:
+def build_model(config: RunConfig, family: Family, *, initialize: bool = True) -> Any:
     """Return the model of ``config``: pretrained weights, fresh head and adapter, initialised.
+
+    Without ``initialize`` what the start computes from training batches is left out.
 
     Seeded twice, before the head and before the adapter: a seed gives the same head to every method
     and the same adapter to every adapter method.
@@ -35,7 +37,7 @@ def build_model(config: RunConfig, family: Family) -> Any:
     if not method.trains_all:
         set_seed(seed)
         model = add_adapter(model, config, family)
-        if method.start.initialize is not None:
+        if method.start.initialize is not None and initialize:
             try:
                 method.start.initialize(model, start_batches(config, family), config.start)
             except ValueError as error:

@@ -98,6 +98,9 @@ class RunOptions:
     diagnostics_layers: str | None = option(
         None, "regular expression: only adapters whose name it finds something in", learned=False
     )
+    allow_code_execution: bool = option(
+        False, "run programs that the model wrote (HumanEval), in a sandbox", learned=False
+    )
     save_full_model: bool = option(
         True, "full fine-tuning: save the model's weights", learned=False
     )

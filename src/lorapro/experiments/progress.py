@@ -74,10 +74,12 @@ class RunsProgress:
                 self._task, completed=self._done + self._part, left=self._left() or "estimating"
             )
 
-    def skip(self, name: str, what: str) -> None:
-        """A run was found finished."""
-        self._skipped += 1
-        self._finish(f"{name}: {what} (finished earlier)")
+    def skip(self, count: int) -> None:
+        """So many runs were found finished."""
+        self._skipped = count
+        self._done += count
+        if count:
+            self.say(f"{count} of at most {self._total} runs were finished earlier")
 
     def finish(self, name: str, what: str) -> None:
         """The present run is done."""

@@ -101,7 +101,7 @@ def evaluate_target(
     save_to = Path(predictions) if predictions else folder / "predictions-test.jsonl"
     if predictions is None and not is_run:
         save_to = None  # type: ignore[assignment]
-    metrics.update(task.final_metrics(model, save_to, len(task.test_rows)))
+    metrics.update(task.final_metrics(model, save_to, task.evaluation_samples(limit)))
     return metrics
 
 

@@ -75,7 +75,8 @@ def run(
         state = folders.run_state(config)  # again: another process may have had it meanwhile
         if state == "finished":
             return folders.read_result(folder)
-        checkpoint = folders.last_checkpoint(folder) if state == "started" else None
+        files = config.method.adapter.checkpoint_files(config.adapter)
+        checkpoint = folders.last_checkpoint(folder, files) if state == "started" else None
         if state == "started":
             say(f"going on from {checkpoint.name}" if checkpoint else "starting the run anew")
         if checkpoint is None:

@@ -1,7 +1,8 @@
 """Execution of a comparison: what is missing is run, learning rates are picked on validation data.
 
 :func:`wanted` is the whole plan, a pure function from the results there are to the runs that are
-needed now; where they run (here, in other processes, on a cluster) is a :class:`Workers`.
+needed now; where they run (here, in other processes, on a cluster) is a kind of
+:class:`~lorapro.experiments.workers.Workers`.
 """
 
 from __future__ import annotations
@@ -9,18 +10,29 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from lorapro.experiments import folders
-from lorapro.experiments.config import owners
+from lorapro.experiments.config import RunConfig, owners
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.plan import Cell, Comparison
 from lorapro.experiments.progress import RunsProgress
+from lorapro.experiments.workers import (
+    BUSY,
+    LOST,
+    Here,
+    Processes,
+    RayWorkers,
+    Tasks,
+    Workers,
+)
 
-__all__ = ["Job", "check", "compare", "pick_rate", "wanted"]
+__all__ = ["Job", "check", "compare", "execute", "pick_rate", "validation_loss", "wanted"]
 
 Job = tuple[Cell, float, int]
 """(cell, learning rate, seed)."""
@@ -32,7 +44,7 @@ Results = dict[tuple[str, float, int], dict[str, Any]]
 def key(job: Job) -> tuple[str, float, int]:
     """Return what results are found by."""
     cell, rate, seed = job
-    return str(cell.folder), rate, seed
+    return cell.folder.as_posix(), rate, seed
 
 
 def validation_loss(result: dict[str, Any]) -> float:
@@ -46,7 +58,7 @@ def pick_rate(cell: Cell, results: Results, seeds: Sequence[int]) -> float:
 
     def score(rate: float) -> float:
         return statistics.fmean(
-            validation_loss(results[str(cell.folder), rate, seed]) for seed in seeds
+            validation_loss(results[cell.folder.as_posix(), rate, seed]) for seed in seeds
         )
 
     return min(cell.learning_rates, key=score)
@@ -71,31 +83,11 @@ def wanted(comparison: Comparison, results: Results) -> list[Job]:
         if grid or missing:
             continue
         rate = pick_rate(cell, results, (first,))
-        if math.isfinite(validation_loss(results[str(cell.folder), rate, first])):
+        if math.isfinite(validation_loss(results[cell.folder.as_posix(), rate, first])):
             jobs += [
                 (cell, rate, seed) for seed in others if key((cell, rate, seed)) not in results
             ]
     return jobs
-
-
-class Tasks:
-    """Tasks by what they depend on: most comparisons need few."""
-
-    def __init__(self, log: Any = None) -> None:
-        self._known: dict[str, Any] = {}
-        self._log = log
-
-    def of(self, config: Any) -> Any:
-        """Return the prepared task of a configuration."""
-        from lorapro.experiments.runner import make_task
-
-        name = repr((config.run.model, config.run.data, config.entry.name, config.task))
-        run = config.run
-        name += repr((run.data_config, run.dtype, run.train_samples, run.validation_samples))
-        name += repr((run.test_samples, run.split_seed))
-        if name not in self._known:
-            self._known[name] = make_task(config, self._log)
-        return self._known[name]
 
 
 def check(comparison: Comparison, tasks: Tasks) -> Results:
@@ -114,7 +106,7 @@ def check(comparison: Comparison, tasks: Tasks) -> Results:
             f"output_dir {folder} holds files that are not a comparison's; choose a new folder"
         )
     results: Results = {}
-    unfinished: dict[str, Any] = {}
+    unfinished: dict[str, RunConfig] = {}
     for cell in comparison.cells:
         for rate in cell.learning_rates:
             for seed in comparison.seeds:
@@ -122,25 +114,44 @@ def check(comparison: Comparison, tasks: Tasks) -> Results:
                 if folders.run_state(config) == "finished":
                     results[key((cell, rate, seed))] = folders.read_result(config.folder)
                 else:
-                    unfinished.setdefault(str(cell.folder), config)
-    todo = {str(cell.folder) for cell, _, _ in wanted(comparison, results)}
+                    unfinished.setdefault(cell.folder.as_posix(), config)
+    todo = {key(job)[0] for job in wanted(comparison, results)}
+    tried = set()
     for name, config in unfinished.items():
-        if name in todo:
+        parts = (config.run, config.task, config.adapter, config.start, config.optimizer)
+        kind = repr((config.method.name, *parts))
+        if name in todo and kind not in tried:
+            tried.add(kind)
             _try(config, tasks)
     return results
 
 
-def _try(config: Any, tasks: Tasks) -> None:
+def _try(config: RunConfig, tasks: Tasks) -> None:
+    """Build a run's model, without the start's own computation, and its optimizer."""
     from lorapro.experiments.model_building import build_model, check_optimizer
 
-    model = build_model(config, tasks.of(config))
+    model = build_model(config, tasks.of(config), initialize=False)
     check_optimizer(config, model)
+    gc.collect()
 
 
-def compare(comparison: Comparison, console: Console | None = None) -> Results:
+def compare(
+    comparison: Comparison,
+    console: Console | None = None,
+    *,
+    processes: int = 1,
+    backend: str = "local",
+) -> Results:
     """Run the comparison; what is finished already is not repeated.
 
-    Everything is checked before the first run starts: names, folders, data, ranks.
+    Everything is checked before the first run starts: names, folders, data, ranks. Several of these
+    may work on one folder at a time; each run is trained once.
+
+    Args:
+        comparison: what to run.
+        console: where to say what happens.
+        processes: runs at a time; for ``"ray"`` 1 is as many as the cluster holds.
+        backend: ``"local"`` or ``"ray"``.
 
     Returns:
         The result of every run.
@@ -157,17 +168,67 @@ def compare(comparison: Comparison, console: Console | None = None) -> Results:
     comparison.folder.mkdir(parents=True, exist_ok=True)
     (comparison.folder / "runs").mkdir(exist_ok=True)
     folders.write_json(comparison.folder / "comparison.json", comparison.describe())
+    progress.skip(len(results))
+    if not wanted(comparison, results):
+        return results
     with progress.shown():
-        for name, rate, seed in results:
-            progress.skip(_name(comparison, name, rate, seed), _said(results[name, rate, seed]))
-        while jobs := wanted(comparison, results):
-            for job in jobs[:1]:
-                results[key(job)] = _run(job, tasks, progress)
+        if backend == "ray":
+            workers: Workers = RayWorkers(processes if processes > 1 else None)
+        elif processes > 1:
+            workers = Processes(processes)
+        else:
+            workers = Here(tasks, progress.step)
+        try:
+            execute(comparison, results, workers, progress)
+        finally:
+            workers.close()
     return results
 
 
-def _name(comparison: Comparison, folder: str, rate: float, seed: int) -> str:
-    cell = next(cell for cell in comparison.cells if str(cell.folder) == folder)
+PATIENCE = 5.0  # seconds until a run that another process has is looked at again
+ATTEMPTS = 3  # how often a run is tried whose worker is killed
+
+
+def execute(
+    comparison: Comparison, results: Results, workers: Workers, progress: RunsProgress
+) -> None:
+    """Run what :func:`wanted` says until it says nothing more; fill ``results``."""
+    running: dict[Any, Job] = {}
+    elsewhere: dict[Any, float] = {}
+    attempts: Counter[Any] = Counter()
+    while True:
+        jobs = {key(j): j for j in wanted(comparison, results) if key(j) not in running}
+        if not jobs and not running:
+            return
+        now = time.monotonic()
+        free = [name for name in jobs if now - elsewhere.get(name, -PATIENCE) >= PATIENCE]
+        for name in free[: workers.size - len(running)]:
+            cell, rate, seed = running[name] = jobs[name]
+            attempts[name] += 1
+            progress.begin(_name(jobs[name]))
+            workers.submit(name, cell.config(rate, seed).given)
+        if not running:
+            time.sleep(PATIENCE / 5)
+            continue
+        done, result = workers.wait()
+        job = running.pop(done)
+        name = key(job)
+        if result["status"] == BUSY:
+            if name not in elsewhere:
+                progress.say(f"{_name(job)}: another process is training it")
+            elsewhere[name] = time.monotonic()
+            continue
+        if result["status"] == LOST:
+            if attempts[name] < ATTEMPTS:
+                progress.say(f"{_name(job)}: {result['error']}; trying again")
+                continue
+            result = {**result, "status": "failed", "steps": None, "metrics": {}}
+        results[key(job)] = result
+        progress.finish(_name(job), _said(result))
+
+
+def _name(job: Job) -> str:
+    cell, rate, seed = job
     return f"{cell.name}, lr {rate:g}, seed {seed}"
 
 
@@ -178,17 +239,3 @@ def _said(result: dict[str, Any]) -> str:
     if result["status"] == "diverged" or loss is None:
         return f"diverged after {result['steps']} steps"
     return f"validation loss {loss:.4f}"
-
-
-def _run(job: Job, tasks: Tasks, progress: RunsProgress) -> dict[str, Any]:
-    from lorapro.experiments.runner import run
-
-    cell, rate, seed = job
-    config = cell.config(rate, seed)
-    name = f"{cell.name}, lr {rate:g}, seed {seed}"
-    progress.begin(name)
-    result = run(config, tasks.of(config), on_step=progress.step)
-    gc.collect()  # the last model's reference cycles, before the next model is built
-    folders.clear_checkpoints(config.folder)
-    progress.finish(name, _said(result))
-    return result

@@ -50,7 +50,9 @@ class AllocateRanks(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
             values = {name: getattr(allocator, name) for name in AVERAGES}
-            torch.save({**values, "pattern": self._pattern}, folder / STATE)
+            scratch = folder / f"{STATE}.part"
+            torch.save({**values, "pattern": self._pattern}, scratch)
+            scratch.replace(folder / STATE)
 
 
 def _tuner(model: Any) -> Any:

@@ -69,6 +69,7 @@ class Adapter:
         config: makes the ``PeftConfig``; ``None`` trains every weight.
         callbacks: makes Trainer's callbacks from the options.
         trains: whether anything is.
+        checkpoint_files: what those callbacks write into every checkpoint.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Adapter:
     config: Maker | None = None
     callbacks: Callable[[Any], list[Any]] = lambda options: []
     trains: bool = True
+    checkpoint_files: Callable[[Any], tuple[str, ...]] = lambda options: ()
 
 
 def _lora(**fixed: Any) -> Maker:
@@ -129,6 +131,13 @@ ADAPTERS: dict[str, Adapter] = {
             "DoRA, scaling alpha/sqrt(r)",
             config=_lora(use_dora=True, use_rslora=True),
         ),
-        Adapter("adalora", "AdaLoRA", AdaLoraOptions, _adalora, _allocation),
+        Adapter(
+            "adalora",
+            "AdaLoRA",
+            AdaLoraOptions,
+            _adalora,
+            _allocation,
+            checkpoint_files=lambda options: ("adalora.pt",) * options.adalora_allocate,
+        ),
     )
 }

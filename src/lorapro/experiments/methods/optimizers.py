@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.options import NoOptions, option
+from lorapro.rates import default_rate
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -183,13 +184,11 @@ def _muon(training: TrainingArguments, options: Any) -> Any:
     return muon_factory, {**_adamw(training), "weight_decay": training.weight_decay}
 
 
-def _ours(
-    name: str, about: str, learning_rate: float, optimizer: str = "adamw", **fixed: Any
-) -> OptimizerPart:
+def _ours(name: str, about: str, optimizer: str = "adamw", **fixed: Any) -> OptimizerPart:
     return OptimizerPart(
         name,
         about,
-        learning_rate,
+        default_rate(optimizer, fixed.get("mode", "efficient")),
         _aligned(optimizer, **fixed),
         LoraProOptions,
         "decay" if fixed.get("mode") == "full" else "never",
@@ -211,11 +210,11 @@ OPTIMIZERS: dict[str, OptimizerPart] = {
             _riemannian,
             RiemannianOptions,
         ),
-        _ours("lora-pro", "LoRA-Pro, efficient mode", 1e-3, damping=0.0),
-        _ours("lora-pro-damped", "LoRA-Pro, efficient mode, damped", 1e-3, damping=3.0),
-        _ours("lora-pro-full", "LoRA-Pro, full mode", 3e-4, mode="full"),
-        _ours("lora-pro-factored", "AdamW on the tangent space", 3e-4, mode="factored"),
-        _ours("lora-pro-muon", "Muon on the tangent space", 2e-3, "muon"),
-        _ours("lora-pro-sgd", "LoRA-Pro, SGD (Algorithm 1)", 1e-1, "sgd"),
+        _ours("lora-pro", "LoRA-Pro, efficient mode", damping=0.0),
+        _ours("lora-pro-damped", "LoRA-Pro, efficient mode, damped", damping=3.0),
+        _ours("lora-pro-full", "LoRA-Pro, full mode", mode="full"),
+        _ours("lora-pro-factored", "AdamW on the tangent space", mode="factored"),
+        _ours("lora-pro-muon", "Muon on the tangent space", "muon"),
+        _ours("lora-pro-sgd", "LoRA-Pro, SGD (Algorithm 1)", "sgd"),
     )
 }

@@ -256,6 +256,10 @@ class Family(ABC):
         """
         return {}
 
+    def evaluation_samples(self, limit: int | None) -> int:
+        """How many rows ``lorapro evaluate`` asks :meth:`final_metrics` for."""
+        return len(self.test_rows)
+
     @property
     def final_samples(self) -> int:
         """How many test rows :meth:`final_metrics` is asked for after training."""

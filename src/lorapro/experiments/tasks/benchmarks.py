@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["BENCHMARKS", "GSM8K", "Benchmark", "HumanEval", "MTBenchFirstTurn"]
 
 Ask = Callable[[str], str]
-"""Instruction -> the prompt that the model was trained with."""
+"""Instruction -> the prompt that the model was trained with; one more space follows it."""
 
 
 class Benchmark(ABC):
@@ -30,6 +30,7 @@ class Benchmark(ABC):
     Args:
         options: :class:`~lorapro.experiments.tasks.instruct.InstructOptions`.
         source: asset, file, folder or hub id.
+        allowed: whether programs that the model writes may run.
 
     Raises:
         UserError: what is needed for the score is not there.
@@ -39,12 +40,12 @@ class Benchmark(ABC):
     data_config: ClassVar[str | None] = None
     columns: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, options: Any, source: str) -> None:
-        self.options, self.source = options, source
+    def __init__(self, options: Any, source: str, allowed: bool = False) -> None:
+        self.options, self.source, self.allowed = options, source, allowed
         self.items = self.load()
 
     @classmethod
-    def check(cls, options: Any) -> None:
+    def check(cls, options: Any, allowed: bool) -> None:
         """Raise :class:`UserError` for options that this benchmark cannot run with."""
         return
 
@@ -77,12 +78,10 @@ class Benchmark(ABC):
         tokenizer: PreTrainedTokenizerBase,
         temperature: float,
     ) -> list[str]:
-        """Let the model continue each text, after one more space."""
+        """Let the model continue each text."""
+        longest = self.options.max_prompt_tokens
         prompts = [
-            tokenizer(f"{text} ", truncation=True, max_length=self.options.max_prompt_tokens)[
-                "input_ids"
-            ]
-            for text in texts
+            tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts
         ]
         return generate(
             model,
@@ -112,7 +111,7 @@ class GSM8K(Benchmark):
     ) -> dict[str, float]:
         """Share of right numbers, as ``gsm8k_<reading>``."""
         rows: list[Row] = self.items[:samples]
-        texts = [ask(str(row["question"])) for row in rows]
+        texts = [f"{ask(str(row['question']))} " for row in rows]
         said = self.answer(texts, model, tokenizer, self.options.temperature)
         records = []
         for row, text in zip(rows, said, strict=True):
@@ -141,9 +140,9 @@ class HumanEval(Benchmark):
     columns = ("task_id", "prompt", "entry_point", "test")
 
     @classmethod
-    def check(cls, options: Any) -> None:
+    def check(cls, options: Any, allowed: bool) -> None:
         """Programs must be allowed to run; several samples need a temperature."""
-        sandbox.check_allowed(options.allow_code_execution, "HumanEval")
+        sandbox.check_allowed(allowed, "HumanEval")
         if options.answers_per_item > 1 and options.temperature == 0:
             raise UserError(
                 f"answers_per_item is {options.answers_per_item}, but at temperature 0 all answers "
@@ -158,40 +157,56 @@ class HumanEval(Benchmark):
         samples: int,
         save_to: Path | None,
     ) -> dict[str, float]:
-        """``humaneval``: pass@1; who kept the programs in is saved with each."""
+        """``humaneval``: pass@1; ``humaneval_continued`` likewise, if it is asked for.
+
+        Why each program failed and who kept it in is saved with it.
+        """
         count = self.options.answers_per_item
         problems = [row for row in self.items[:samples] for _ in range(count)]
-        texts = [humaneval.paper_prompt(row) for row in problems]
-        said = self.answer(texts, model, tokenizer, self.options.temperature)
-        completions = [humaneval.clean_completion(text) for text in said]
-        programs = [
-            humaneval.complete_program(row, completion)
-            for row, completion in zip(problems, completions, strict=True)
-        ]
+        heat = self.options.temperature
+        texts = [f"{humaneval.paper_prompt(row)} " for row in problems]
+        said = self.answer(texts, model, tokenizer, heat)
+        records, score = self._run(problems, said, humaneval.clean_completion)
+        metrics = {"humaneval": score}
+        if self.options.humaneval_continued:
+            said = self.answer([str(row["prompt"]) for row in problems], model, tokenizer, heat)
+            continued, score = self._run(problems, said, humaneval.until_stop)
+            metrics["humaneval_continued"] = score
+            for record, other in zip(records, continued, strict=True):
+                record["continued"] = other
+        save_records(records, save_to)
+        return metrics
+
+    def _run(
+        self, problems: Sequence[Row], said: Sequence[str], complete: Callable[[str], str]
+    ) -> tuple[list[dict[str, Any]], float]:
+        """Make programs of what was said, run them; return records and pass@1."""
+        completions = [complete(text) for text in said]
         outcomes = sandbox.run_programs(
-            programs,
-            allowed=self.options.allow_code_execution,
+            [
+                humaneval.complete_program(row, completion)
+                for row, completion in zip(problems, completions, strict=True)
+            ],
+            allowed=self.allowed,
             limits=sandbox.Limits(seconds=self.options.code_seconds),
         )
-        save_records(
-            [
-                {
-                    "task_id": row["task_id"],
-                    "generated": text,
-                    "completion": completion,
-                    "correct": outcome.passed,
-                    "reason": outcome.reason,
-                    "isolation": outcome.isolation,
-                }
-                for row, text, completion, outcome in zip(
-                    problems, said, completions, outcomes, strict=True
-                )
-            ],
-            save_to,
-        )
+        records = [
+            {
+                "task_id": row["task_id"],
+                "generated": text,
+                "completion": completion,
+                "correct": outcome.passed,
+                "reason": outcome.reason,
+                "isolation": outcome.isolation,
+            }
+            for row, text, completion, outcome in zip(
+                problems, said, completions, outcomes, strict=True
+            )
+        ]
         passed = [outcome.passed for outcome in outcomes]
+        count = self.options.answers_per_item
         groups = [passed[i : i + count] for i in range(0, len(passed), count)]
-        return {"humaneval": humaneval.pass_at_1(groups)}
+        return records, humaneval.pass_at_1(groups)
 
 
 class MTBenchFirstTurn(Benchmark):
@@ -224,7 +239,7 @@ class MTBenchFirstTurn(Benchmark):
             chosen = [
                 i for i, q in enumerate(questions) if mt_bench.temperature(q.category) == heat
             ]
-            texts = [ask(questions[i].text) for i in chosen]
+            texts = [f"{ask(questions[i].text)} " for i in chosen]
             for i, text in zip(chosen, self.answer(texts, model, tokenizer, heat), strict=True):
                 said[i] = text.strip()
         plain = [

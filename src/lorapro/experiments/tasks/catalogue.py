@@ -13,6 +13,7 @@ from lorapro.experiments.tasks.glue_encoder import GLUE_ENCODER_TASKS
 from lorapro.experiments.tasks.gsm8k import gsm8k_row
 from lorapro.experiments.tasks.images import Images
 from lorapro.experiments.tasks.instruct import INSTRUCT_TASKS, Instruct
+from lorapro.experiments.tasks.lab import LAB_TASKS, HiddenText, Planted
 from lorapro.experiments.tasks.local_tasks import LOCAL_TASKS
 from lorapro.experiments.tasks.seq2seq import Seq2Seq
 from lorapro.experiments.tasks.sft import Sft
@@ -26,6 +27,8 @@ FAMILIES: dict[str, type[Family]] = {
     "glue": Glue,
     "causal": Causal,
     "instruct": Instruct,
+    "hidden_text": HiddenText,
+    "planted": Planted,
     "sft": Sft,
     "images": Images,
     "clip": Clip,
@@ -75,6 +78,8 @@ _ENTRIES = (
     # The papers' tasks in words: GLUE on T5; chat, mathematics and code on Llama.
     *GLUE_TASKS,
     *INSTRUCT_TASKS,
+    # The laboratory: a small model made here, hidden layers alone.
+    *LAB_TASKS,
     # Own data.
     TaskEntry(
         "sft",

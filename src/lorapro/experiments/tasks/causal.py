@@ -35,7 +35,7 @@ class CausalOptions:
     prompt: str = option("{prompt}", "what goes before the answer, with {columns} of a row")
     answer: str = option("{answer}", "what is learned, with {columns} of a row")
     chat: bool = option(True, "put the prompt into the tokenizer's chat template, where it has one")
-    text_column: str = option("text", "format text: column of the text")
+    text: str = option("{text}", "format text: the text of a row, with {columns} of it")
     max_length: int = option(
         128, "longest example in tokens (longer ones are left out), or the length of a row", least=2
     )
@@ -138,7 +138,7 @@ class Causal(TextFamily):
     def columns_used(self) -> tuple[str, ...]:
         """Columns that the templates name, or the text's."""
         if self.args.format == "text":
-            return (self.args.text_column,)
+            return columns_of(self.args.text)
         return tuple(dict.fromkeys(columns_of(self.args.prompt) + columns_of(self.args.answer)))
 
     def examples(self, limit: int) -> tuple[Examples, Examples, Examples]:
@@ -162,7 +162,7 @@ class Causal(TextFamily):
         """String texts together, an end token after each; cut into rows; drop the remainder."""
         length, ids = self.args.max_length, []
         for row in rows:
-            text = str(row[self.args.text_column])
+            text = fill(self.args.text, row)
             ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids.append(int(self.tokenizer.eos_token_id))
         starts = range(0, len(ids) - length + 1, length)

@@ -17,6 +17,7 @@ from lorapro.experiments.assets import asset_path
 from lorapro.experiments.data import Row
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.options import option
+from lorapro.experiments.scoring import harness
 from lorapro.experiments.tasks.base import Examples, TaskEntry
 from lorapro.experiments.tasks.benchmarks import BENCHMARKS, Benchmark
 from lorapro.experiments.tasks.causal import IGNORED, Causal
@@ -61,10 +62,14 @@ class InstructOptions:
     temperature: float = option(0.0, "of generated answers; 0 is greedy", least=0)
     top_p: float = option(0.95, "nucleus of sampled answers", above=0)
     answers_per_item: int = option(1, "humaneval: samples of each problem", least=1)
-    allow_code_execution: bool = option(
-        False, "humaneval: run the programs that the model wrote, in a sandbox", learned=False
-    )
     code_seconds: float = option(3.0, "humaneval: wall time of one program", above=0)
+    humaneval_continued: bool = option(
+        False, "humaneval: ask as lm-eval does too: continue the bare prompt up to a stop word"
+    )
+    harness_tasks: list[str] | None = option(
+        None, "tasks of lm-eval to score beside the benchmark, on generation_samples items each"
+    )
+    harness_folder: str | None = option(None, "folder of further tasks for lm-eval")
     judge_model: str | None = option(None, "mt_bench: name of the judge at its endpoint")
     judge_url: str | None = option(
         None, "mt_bench: endpoint; default OPENAI_BASE_URL, else OpenAI's", learned=False
@@ -80,7 +85,8 @@ class Instruct(Causal):
     def training_values(cls, options: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing; but what the benchmark is not allowed to do is found out here, at once."""
         if options.generation_samples:
-            BENCHMARKS[options.benchmark].check(options)
+            allowed = bool(given.get("allow_code_execution"))
+            BENCHMARKS[options.benchmark].check(options, allowed)
         return {}
 
     @classmethod
@@ -104,7 +110,9 @@ class Instruct(Causal):
             kind = BENCHMARKS[self.args.benchmark]
             source = self.args.benchmark_data or self._beside() or kind.default_data
             asset_path(source, log)
-            self.benchmark = kind(self.args, source)
+            if self.args.harness_tasks:
+                harness.check_tasks(self.args.harness_tasks, self.args.harness_folder)
+            self.benchmark = kind(self.args, source, self.run.allow_code_execution)
         super().prepare(log, limit)
 
     def _beside(self) -> str | None:
@@ -156,13 +164,27 @@ class Instruct(Causal):
         """Return x for an instruction."""
         return str(self.args.prompt).replace("{instruction}", instruction)
 
+    def evaluation_samples(self, limit: int | None) -> int:
+        """``generation_samples``, or fewer."""
+        return min(self.final_samples, limit or self.final_samples)
+
     def final_metrics(
         self, model: PreTrainedModel, save_to: Path | None, samples: int
     ) -> dict[str, float]:
         """Answer the benchmark's first ``samples`` items and score them."""
         if not samples or self.benchmark is None:
             return {}
-        return self.benchmark.score(self.ask, model, self.tokenizer, samples, save_to)
+        metrics = self.benchmark.score(self.ask, model, self.tokenizer, samples, save_to)
+        if self.args.harness_tasks:
+            metrics |= harness.evaluate(
+                model,
+                self.tokenizer,
+                self.args.harness_tasks,
+                limit=samples,
+                batch_size=self.args.generation_batch_size,
+                folder=self.args.harness_folder,
+            )
+        return metrics
 
 
 def gsm_rows(row: Row, options: Any) -> Row | None:

@@ -1,0 +1,72 @@
+"""``lorapro report RUNS ...``: tables, figures and verdicts of finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorapro.cli.common import Parser
+from lorapro.experiments.errors import UserError
+
+__all__ = ["run"]
+
+DESCRIPTION = """\
+Compare the runs under one or more folders (of 'lorapro compare', or committed results.json files).
+Prints a table of each task and a sentence a method; --output writes everything as one page that
+needs no network, or as Markdown."""
+
+ENDINGS = (".html", ".md")
+KINDS = ("png", "svg")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Print and write the report."""
+    parser = Parser("report", description=DESCRIPTION)
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUNS", help="folders of runs or of results.json"
+    )
+    parser.add_argument("--output", help="page (.html) or Markdown (.md) to write")
+    parser.add_argument("--figures", metavar="DIR", help="write every figure into this folder")
+    parser.add_argument("--figure_format", default="png", help="png or svg [png]")
+    parser.add_argument("--measure", help="what is compared [test_loss where there is one]")
+    parser.add_argument(
+        "--target", default="full", help="row that a gap leads to, or 'better' [full]"
+    )
+    parser.add_argument("--against", metavar="KEY", help="draw the measure against this config key")
+    parser.add_argument(
+        "--compact", metavar="DIR", help="write results.json there: all that a report needs"
+    )
+    given = parser.parse_strictly(arguments)
+    output = None if given.output is None else Path(given.output)
+    if output is not None and output.suffix not in ENDINGS:
+        raise UserError(f"--output must end in .html or .md, found {given.output!r}")
+    if given.figure_format not in KINDS:
+        raise UserError(f"--figure_format must be png or svg, found {given.figure_format!r}")
+
+    from rich.console import Console
+
+    from lorapro.experiments.report import Report, print_tables
+    from lorapro.experiments.results import read_results, write_results
+
+    results = read_results(*given.runs)
+    if given.measure is not None and given.measure not in results.runs:
+        known = [c for c in results.runs if str(c).startswith(("test_", "validation_"))]
+        raise UserError(f"no run has the measure {given.measure!r}; known: {', '.join(known)}")
+    report = Report(results, given.measure, given.target, given.against)
+    console = Console()
+    print_tables(report, console)
+    written: list[Path] = []
+    if output is not None:
+        report.save(output)
+        written.append(output)
+    if given.figures is not None:
+        written += report.save_figures(Path(given.figures), given.figure_format)
+    if given.compact is not None:
+        names = list(dict.fromkeys(results.runs["experiment"]))
+        for name in names:
+            folder = Path(given.compact) / (name if len(names) > 1 else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_results(results, name, folder)
+            written.append(folder / "results.json")
+    for path in written:
+        console.print(f"Written: {path}", highlight=False, soft_wrap=True, markup=False)

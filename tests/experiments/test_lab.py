@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorapro.experiments.config import build_config
+from lorapro.experiments.errors import UserError
 from lorapro.experiments.methods.muon import hidden_matrices
 from lorapro.experiments.model_building import build_model
 from lorapro.experiments.runner import make_task, run
@@ -71,6 +72,30 @@ def test_a_text_may_be_made_of_several_columns(config, tmp_path):
     shown = task.tokenizer.decode([t for row in task.train for t in row["input_ids"]])
     assert "it is" in shown
     assert "? " in shown or " ?" in shown
+
+
+@pytest.mark.parametrize(("tokens", "rows", "times"), [(32, 2, 1), (128, 8, 1), (512, 8, 4)])
+def test_a_batch_in_tokens_is_made_of_rows_that_fit_at_once(config, tokens, rows, times):
+    made = config("lab", batch_tokens=tokens, max_train_tokens=1024, max_steps=-1)
+    training = made.training
+    assert training.per_device_train_batch_size == rows
+    assert training.gradient_accumulation_steps == times
+    assert training.max_steps == 1024 // tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_tokens": 40}, "expected a multiple of max_length 16"),
+        ({"batch_tokens": 8}, "expected a multiple of max_length 16"),
+        ({"batch_tokens": 192}, "beyond 8 rows a multiple of those"),
+        ({"batch_tokens": 128, "gradient_accumulation_steps": 2}, "not both"),
+        ({"max_train_tokens": 512}, "give max_train_tokens or max_steps, not both"),
+    ],
+)
+def test_batches_that_cannot_be_made_are_refused(config, change, message):
+    with pytest.raises(UserError, match=message):
+        config("lab", **change)
 
 
 @pytest.fixture

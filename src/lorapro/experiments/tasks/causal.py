@@ -42,6 +42,12 @@ class CausalOptions:
     max_train_tokens: int = option(
         0, "train on about so many tokens: sets max_steps; needs format text; 0: by epochs", least=0
     )
+    batch_tokens: int = option(
+        0,
+        "tokens in a batch, of which per_device_train_batch_size rows at a time: sets "
+        "gradient_accumulation_steps; needs format text; 0: by rows",
+        least=0,
+    )
     calculator_annotations: bool = option(False, "gsm8k: keep <<48/2=24>> in the answers")
     max_new_tokens: int = option(256, "longest generated answer", least=1)
     generation_samples: int = option(
@@ -124,16 +130,32 @@ class Causal(TextFamily):
 
     @classmethod
     def training_values(cls, options: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-        """``max_steps`` from ``max_train_tokens``."""
-        if not options.max_train_tokens:
-            return {}
-        if options.format != "text":
-            raise UserError("max_train_tokens needs format text, whose rows have one length")
-        if given.get("max_steps", -1) > 0:
-            raise UserError("give max_train_tokens or max_steps, not both")
-        batch = given.get("per_device_train_batch_size", 8)
-        batch *= given.get("gradient_accumulation_steps", 1)
-        return {"max_steps": max(1, options.max_train_tokens // (batch * options.max_length))}
+        """Batch and steps from ``batch_tokens`` and ``max_train_tokens``."""
+        for key in ("batch_tokens", "max_train_tokens"):
+            if getattr(options, key) and options.format != "text":
+                raise UserError(f"{key} needs format text, whose rows have one length")
+        rows = given.get("per_device_train_batch_size", 8)
+        values = {}
+        if options.batch_tokens:
+            if "gradient_accumulation_steps" in given:
+                raise UserError("give batch_tokens or gradient_accumulation_steps, not both")
+            wanted, rest = divmod(options.batch_tokens, options.max_length)
+            rows = max(1, min(rows, wanted))
+            if rest or wanted % rows:
+                raise UserError(
+                    f"batch_tokens is {options.batch_tokens}, expected a multiple of max_length "
+                    f"{options.max_length}, and beyond {rows} rows a multiple of those"
+                )
+            values["per_device_train_batch_size"] = rows
+            values["gradient_accumulation_steps"] = wanted // rows
+        if options.max_train_tokens:
+            if given.get("max_steps", -1) > 0:
+                raise UserError("give max_train_tokens or max_steps, not both")
+            rows *= values.get(
+                "gradient_accumulation_steps", given.get("gradient_accumulation_steps", 1)
+            )
+            values["max_steps"] = max(1, options.max_train_tokens // (rows * options.max_length))
+        return values
 
     def columns_used(self) -> tuple[str, ...]:
         """Columns that the templates name, or the text's."""

@@ -48,6 +48,7 @@ _AT_MOST = {
     "generation_samples": 4,
     "generation_batch_size": 4,
     "max_train_tokens": 1024,
+    "batch_tokens": 256,
     "rank": 4,
     "adalora_init_rank": 6,
     "lora_ga_batches": 2,
@@ -91,6 +92,8 @@ def cut(values: Mapping[str, Any]) -> dict[str, Any]:
         small[key] = min(given, most) if isinstance(given, int) and given > 0 else most
     if small.get("max_train_tokens"):
         small.pop("max_steps", None)
+    if small.get("batch_tokens"):
+        small.pop("gradient_accumulation_steps", None)
     for key, value in _SET.items():
         if value is None:
             small.pop(key, None)

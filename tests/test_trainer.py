@@ -20,6 +20,9 @@ from trl import SFTConfig, SFTTrainer
 
 import lorapro
 
+# Checkpoints of full mode with weight decay.
+pytestmark = pytest.mark.filterwarnings("ignore:the base weights were decayed")
+
 MODES = {
     "efficient": {"mode": "efficient"},
     "full": {"mode": "full"},

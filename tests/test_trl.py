@@ -30,6 +30,9 @@ from lorapro import lora_ga
 from lorapro.rates import RATES
 from test_trainer import arguments, classifier, language_model, sequences, tokenizer
 
+# Checkpoints of full mode with weight decay.
+pytestmark = pytest.mark.filterwarnings("ignore:the base weights were decayed")
+
 PROMPTS = ["one plus two is", "two plus two is", "two plus one is", "four minus one is"]
 PREFERENCES = {
     "prompt": PROMPTS * 4,

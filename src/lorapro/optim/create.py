@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,7 +110,12 @@ expected one of: adapter, on_unaligned, lr, betas, eps, weight_decay, mode, x, d
     check_choice("on_unaligned", options.get("on_unaligned", "error"), ("error", "plain"))
     A, B, W = (nn.Parameter(torch.zeros(1, 1)) for _ in range(3))
     groups = lora_param_groups(None, pairs=[LoraPair("options", A, B, 1.0, base=W)])
+    logger = logging.getLogger("lorapro.optim")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what it logs of the options, the real one will
     try:
         cls(groups, **{k: v for k, v in options.items() if k in own})
     except TypeError as error:  # a string where a number belongs
         raise ValueError(f"{cls.__name__}: {error} ({dict(options)}).") from error
+    finally:
+        logger.setLevel(level)

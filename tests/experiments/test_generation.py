@@ -5,40 +5,11 @@ import json
 import pytest
 import torch
 
-from lorapro.experiments.generation import exact_match, extract_answer, generate, left_pad
+from lorapro.experiments.config import build_config
+from lorapro.experiments.generation import generate, left_pad
+from lorapro.experiments.runner import make_task
 from lorapro.experiments.tasks import load_tokenizer
 from lorapro.experiments.tasks.causal import prompt_ids
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("16 - 3 - 4 = 9 eggs.\n#### 18", "18"),
-        ("#### 1,234", "1234"),
-        ("#### $1,234.00", "1234"),
-        ("#### -5", "-5"),
-        ("#### -$5.50", "-5.5"),
-        ("#### +7.", "7"),
-        ("####7 dollars", "7"),
-        ("#### .5", "0.5"),
-        ("#### 100", "100"),
-        ("#### 3 apples and #### 4", "3"),
-        ("#### 12\nSo 13 is wrong.", "12"),
-        ("The answer is 72.", "72"),
-        ("It costs $3.50.", "3.5"),
-        ("between 2,000 and 3,000.", "3000"),
-        ("10-4", "4"),
-        ("it fell to -4 degrees", "-4"),
-        ("#### none, about 6", "6"),
-        ("1.10 and 1.1000", "1.1"),
-        ("no number", None),
-        ("", None),
-        ("####", None),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer
-
 
 QUESTIONS = ["1+1?", "How many are three times four and two more, if one is lost?", "2 and 2", "0?"]
 
@@ -97,24 +68,21 @@ class Parrot:
         return torch.cat([input_ids, tail], dim=1)
 
 
-def test_exact_match_counts_and_saves_in_the_order_of_the_rows(tiny_llama, tmp_path):
-    tokenizer = load_tokenizer(str(tiny_llama), "tiny")
-    rows = [
+def test_exact_match_counts_and_saves_in_the_order_of_the_rows(solve, tmp_path):
+    family = make_task(build_config({**solve, "generation_batch_size": 2}))
+    family.test_rows = [
         {"question": "a much longer question than all the others?", "answer": "x\n#### 1,000"},
         {"question": "short?", "answer": "#### 2"},
         {"question": "medium size?", "answer": "#### 3"},
     ]
-    said = dict(
-        zip([r["question"] for r in rows], ["#### 1000.", "it is 2", "#### 4"], strict=True)
-    )
+    questions = [row["question"] for row in family.test_rows]
+    said = dict(zip(questions, ["#### 1000.", "it is 2", "#### 4"], strict=True))
     path = tmp_path / "predictions.jsonl"
-    prompts = [prompt_ids(tokenizer, row["question"]) for row in rows]
-    score = exact_match(
-        Parrot(tokenizer, said), tokenizer, rows, prompts=prompts, batch_size=2, save_to=path
-    )
-    assert (score.correct, score.total) == (2, 3)
-    assert 0 < score.as_dict()["exact_match_low"] < 2 / 3 < score.as_dict()["exact_match_high"] < 1
+    found = family.final_metrics(Parrot(family.tokenizer, said), path, 3)
+    assert found["exact_match"] == pytest.approx(2 / 3)
+    assert found["exact_match_strict"] == pytest.approx(1 / 3)
+    assert found["exact_match_total"] == 3
+    assert 0 < found["exact_match_low"] < 2 / 3 < found["exact_match_high"] < 1
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [r["question"] for r in records] == [r["question"] for r in rows]
+    assert [r["question"] for r in records] == questions
     assert [r["correct"] for r in records] == [True, True, False]
-    assert [r["truth"] for r in records] == ["1000", "2", "3"]

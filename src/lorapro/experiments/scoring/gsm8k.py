@@ -14,10 +14,11 @@ Four readings of the same generation, side by side, because published numbers di
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
-__all__ = ["READINGS", "flexible_extract", "marked_answer", "paper_number", "strict_match"]
+__all__ = ["READINGS", "flexible_extract", "marked_answer", "paper_number", "score", "strict_match"]
 
 INVALID = "[invalid]"  # lm-eval's word for "nothing found"
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -93,3 +94,25 @@ READINGS: dict[str, Callable[[str, str], bool]] = {
     "paper": lambda text, truth: paper_number(text) == paper_number(truth),
 }
 """Name of a reading -> (generated text, the data set's answer) -> whether it counts as right."""
+
+
+def score(
+    rows: Sequence[Mapping[str, Any]], texts: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Read each generated text in every way.
+
+    Args:
+        rows: with ``question`` and ``answer``.
+        texts: what was generated for each.
+
+    Returns:
+        (one record a row, with a verdict for each reading; share of right ones by reading).
+    """
+    records = []
+    for row, text in zip(rows, texts, strict=True):
+        truth = str(row["answer"])
+        right = {name: read(text, truth) for name, read in READINGS.items()}
+        records.append({"question": row["question"], "truth": truth, "generated": text, **right})
+    return records, {
+        name: sum(record[name] for record in records) / len(records) for name in READINGS
+    }

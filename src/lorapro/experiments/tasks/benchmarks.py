@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lorapro.experiments.assets import asset_path
 from lorapro.experiments.data import Row, load_rows, require_columns
 from lorapro.experiments.errors import UserError
-from lorapro.experiments.generation import generate
+from lorapro.experiments.generation import generate, save_records
 from lorapro.experiments.scoring import gsm8k, humaneval, mt_bench, sandbox
 
 if TYPE_CHECKING:
@@ -113,24 +111,9 @@ class GSM8K(Benchmark):
         rows: list[Row] = self.items[:samples]
         texts = [f"{ask(str(row['question']))} " for row in rows]
         said = self.answer(texts, model, tokenizer, self.options.temperature)
-        records = []
-        for row, text in zip(rows, said, strict=True):
-            truth = str(row["answer"])
-            right = {name: read(text, truth) for name, read in gsm8k.READINGS.items()}
-            records.append(
-                {
-                    "question": row["question"],
-                    "truth": truth,
-                    "generated": text,
-                    **right,
-                    "correct": right["paper"],
-                }
-            )
-        save_records(records, save_to)
-        return {
-            f"gsm8k_{name}": sum(record[name] for record in records) / len(records)
-            for name in gsm8k.READINGS
-        }
+        records, shares = gsm8k.score(rows, said)
+        save_records([{**r, "correct": r["paper"]} for r in records], save_to)
+        return {f"gsm8k_{reading}": share for reading, share in shares.items()}
 
 
 class HumanEval(Benchmark):
@@ -264,17 +247,6 @@ class MTBenchFirstTurn(Benchmark):
             save_to,
         )
         return {name: float(summary[name]) for name in ("mt_bench", "mt_bench_unrated")}
-
-
-def save_records(records: Sequence[dict[str, Any]], path: Path | None) -> None:
-    """Write one JSON object a line, whole or not at all."""
-    if path is None:
-        return
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", encoding="utf-8") as stream:
-        for record in records:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(scratch, path)
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {

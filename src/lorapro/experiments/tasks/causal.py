@@ -246,18 +246,32 @@ class Causal(TextFamily):
     def final_metrics(
         self, model: PreTrainedModel, save_to: Path | None, samples: int
     ) -> dict[str, float]:
-        """Exact match on the first ``samples`` test questions, for the metric ``exact_match``."""
+        """Exact match on the first ``samples`` test questions, for the metric ``exact_match``.
+
+        As lm-eval counts it: ``exact_match`` by its filter ``flexible-extract``, with a 95 % Wilson
+        interval, ``exact_match_strict`` by ``strict-match``.
+        """
         if samples == 0 or self.entry.metric != "exact_match":
             return {}
-        from lorapro.experiments.generation import exact_match
+        from lorapro.experiments.generation import generate, save_records
+        from lorapro.experiments.scoring import gsm8k
+        from lorapro.experiments.statistics import wilson_interval
 
-        score = exact_match(
+        rows = self.test_rows[:samples]
+        said = generate(
             model,
             self.tokenizer,
-            self.test_rows[:samples],
-            prompts=[self.prompt_ids(row) for row in self.test_rows[:samples]],
+            [self.prompt_ids(row) for row in rows],
             batch_size=self.args.generation_batch_size,
             max_new_tokens=self.args.max_new_tokens,
-            save_to=save_to,
         )
-        return score.as_dict()
+        records, shares = gsm8k.score(rows, said)
+        save_records([{**r, "correct": r["flexible"]} for r in records], save_to)
+        low, high = wilson_interval(sum(r["flexible"] for r in records), len(records))
+        return {
+            "exact_match": shares["flexible"],
+            "exact_match_low": low,
+            "exact_match_high": high,
+            "exact_match_strict": shares["strict"],
+            "exact_match_total": len(records),
+        }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorapro.cli.common import Parser
-from lorapro.experiments.errors import UserError
+from lorapro.experiments.errors import UserError, check_name
 
 __all__ = ["run"]
 
@@ -32,6 +32,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--target", default="full", help="row that a gap leads to, or 'better' [full]"
     )
+    parser.add_argument("--baseline", help="row that the others are compared with [lora]")
     parser.add_argument("--against", metavar="KEY", help="draw the measure against this config key")
     parser.add_argument(
         "--compact", metavar="DIR", help="write results.json there: all that a report needs"
@@ -52,7 +53,12 @@ def run(arguments: Sequence[str]) -> None:
     if given.measure is not None and given.measure not in results.runs:
         known = [c for c in results.runs if str(c).startswith(("test_", "validation_"))]
         raise UserError(f"no run has the measure {given.measure!r}; known: {', '.join(known)}")
-    report = Report(results, given.measure, given.target, given.against)
+    labels = dict.fromkeys(map(str, results.runs["label"]))
+    if given.baseline is not None:
+        check_name("row", given.baseline, labels)
+    if given.target not in ("full", "better"):
+        check_name("row", given.target, labels)
+    report = Report(results, given.measure, given.target, given.baseline, given.against)
     console = Console()
     print_tables(report, console)
     written: list[Path] = []

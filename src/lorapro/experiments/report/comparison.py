@@ -88,11 +88,16 @@ class Row:
 
 @dataclass
 class Comparison:
-    """A problem's rows by one measure; ``gap`` is the target against the baseline."""
+    """A problem's rows by one measure, against ``baseline``.
+
+    ``gap`` is the row ``goal`` (full fine-tuning) against the baseline, where there are both.
+    """
 
     problem: Problem
     measure: str
     rows: list[Row]
+    baseline: str = BASELINE
+    goal: str = TARGET
     gap: Versus | None = None
 
     def row(self, label: str) -> Row | None:
@@ -147,7 +152,7 @@ def compare(
     problem: Problem,
     measure: str | None = None,
     *,
-    baseline: str = BASELINE,
+    baseline: str | None = None,
     rival: str = RIVAL,
     target: str = TARGET,
 ) -> Comparison:
@@ -160,7 +165,8 @@ def compare(
     Args:
         problem: what is compared.
         measure: a column, ``"test_loss"`` for one; default: :func:`default_measure`.
-        baseline: the row that every other is compared with.
+        baseline: the row that every other is compared with; default: ``lora``, else the first row
+            whose method that is.
         rival: a second one.
         target: the row that a gap from ``baseline`` leads to; ``"better"``: of the rows of full
             fine-tuning the one with the best validation loss.
@@ -170,15 +176,17 @@ def compare(
         _row(str(label), runs, measure) for label, runs in problem.runs.groupby("label", sort=False)
     ]
     found = Comparison(problem, measure, [row for row in rows if len(row.runs)])
+    found.baseline = baseline = baseline or _baseline(found)
+    found.goal = _target(found, target)
     for other in dict.fromkeys((baseline, rival)):
         against = found.row(other)
         if against is not None and against.values:
             _add_differences(found, against)
-    base, goal = found.row(baseline), found.row(_target(found, target))
+    base, goal = found.row(baseline), found.row(found.goal)
     if base is not None and goal is not None and baseline in goal.versus:
         found.gap = goal.versus[baseline]
         for row in found.rows:
-            if row not in (base, goal):
+            if row is not base and row is not goal:
                 row.share = _share(base, row, goal, measure)
     return found
 
@@ -200,6 +208,12 @@ def _row(label: str, runs: pd.DataFrame, measure: str) -> Row:
     }
     rates = tuple(sorted(float(r) for r in done["learning_rate"].unique()))
     return Row(label, str(runs["method"].iloc[0]), rate, rates, chosen, values)
+
+
+def _baseline(found: Comparison) -> str:
+    if found.row(BASELINE) is not None:
+        return BASELINE
+    return next((row.label for row in found.rows if row.method == BASELINE), BASELINE)
 
 
 def _target(found: Comparison, target: str) -> str:

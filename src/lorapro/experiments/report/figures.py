@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lorapro.experiments.rates import tolerated_rates
-from lorapro.experiments.report.comparison import BASELINE, TARGET, Comparison, Row, rate_losses
+from lorapro.experiments.report.comparison import Comparison, Row, rate_losses
 from lorapro.experiments.report.drawing import (
     COLORS,
     FONT,
@@ -52,7 +52,7 @@ def figures_of(found: Comparison) -> list[FigurePanels]:
 
 def _references(found: Comparison) -> dict[str, str]:
     """The rows that every panel shows beside its own, with their colours."""
-    wanted = {BASELINE: COLORS["baseline"], TARGET: COLORS["target"]}
+    wanted = {found.baseline: COLORS["baseline"], found.goal: COLORS["target"]}
     return {label: color for label, color in wanted.items() if found.row(label) is not None}
 
 
@@ -139,7 +139,7 @@ def rates_figure(found: Comparison) -> FigurePanels | None:
     low, top = _padded(min(finite), min(max(finite), worst_best + 0.6 * abs(worst_best)))
     rates = sorted({rate for losses in lines.values() for rate in losses})
     noise = validation_noise(found)
-    references = {k: v for k, v in _references(found).items() if k == BASELINE and k in lines}
+    references = {k: v for k, v in _references(found).items() if k == found.baseline and k in lines}
 
     def panel(label: str) -> Panel:
         def draw(axes: Any) -> None:
@@ -192,8 +192,9 @@ def _of(found: Comparison, label: str) -> Any:
 # Differences
 
 
-def difference_figure(found: Comparison, baseline: str = BASELINE) -> FigurePanels | None:
+def difference_figure(found: Comparison) -> FigurePanels | None:
     """Differences from the baseline with their intervals, a line a method, coloured by verdict."""
+    baseline = found.baseline
     rows = [row for row in found.rows if baseline in row.versus and row.versus[baseline].interval]
     if not rows:
         return None
@@ -263,7 +264,7 @@ def cost_figure(found: Comparison) -> FigurePanels | None:
         "methods than which none is both cheaper and better in the mean; the differences between "
         "them may be inside noise.",
         panels,
-        {"frontier": COLORS["focus"], BASELINE: COLORS["baseline"], "others": COLORS["tie"]},
+        {"frontier": COLORS["focus"], found.baseline: COLORS["baseline"], "others": COLORS["tie"]},
     )
 
 
@@ -294,10 +295,10 @@ def _cost_panel(found: Comparison, name: str, points: list[tuple[str, float, flo
         # room for the names on the right
         log_axis(axes, low / 1.25, high * math.exp(0.75 * wide), ticks_to=high * 1.3)
         axes.set_ylim(y_low, y_high)
-        shown = [p for p in points if p[0] in named or p[0] == BASELINE]
+        shown = [p for p in points if p[0] in named or p[0] == found.baseline]
         for label, cost, value in points:
             color = COLORS["focus"] if label in named else COLORS["tie"]
-            color = COLORS["baseline"] if label == BASELINE else color
+            color = COLORS["baseline"] if label == found.baseline else color
             axes.plot(
                 cost, value, "o", color=color, markersize=5 if (label, cost, value) in shown else 4
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from lorapro.experiments.report.comparison import BASELINE, Comparison
+from lorapro.experiments.report.comparison import Comparison
 from lorapro.experiments.report.drawing import COLORS, FigurePanels
 from lorapro.experiments.report.tables import Table
 from lorapro.experiments.report.text import count
@@ -42,19 +42,19 @@ class Card:
     chips: list[tuple[str, str]]  # (verdict, how often: "2 × ")
 
 
-def verdict_cards(comparisons: Sequence[Comparison], baseline: str = BASELINE) -> list[Card]:
+def verdict_cards(comparisons: Sequence[Comparison]) -> list[Card]:
     """A card a method, in the order of the recipes."""
     labels = dict.fromkeys(row.label for found in comparisons for row in found.rows)
     cards = []
     for label in labels:
         rows = [(found, row) for found in comparisons if (row := found.row(label)) is not None]
         if len(comparisons) == 1:
-            sentence = verdict(*rows[0], baseline)
-        elif label == baseline:
+            sentence = verdict(*rows[0])
+        elif all(label == found.baseline for found, _ in rows):
             sentence = "What the others are compared with."
         else:
-            sentence = many_verdict(list(comparisons), label, baseline)
-        said = [row.versus[baseline].verdict for _, row in rows if baseline in row.versus]
+            sentence = many_verdict(list(comparisons), label)
+        said = [row.versus[f.baseline].verdict for f, row in rows if f.baseline in row.versus]
         several = len(comparisons) > 1
         chips = [(w, f"{said.count(w)} × " if several else "") for w in dict.fromkeys(said)]
         cards.append(Card(label, sentence, chips))
@@ -92,7 +92,7 @@ def page(
     sections: Sequence[Section],
     closing: Sequence[Table],
     *,
-    baseline: str = BASELINE,
+    toy: bool = False,
 ) -> str:
     """Render the page."""
     runs = [found.problem.runs for found in comparisons]
@@ -101,13 +101,15 @@ def page(
     most = max(len(found.seeds) for found in comparisons)
     facts = [count(len(labels), "method"), count(len(comparisons), "problem")]
     facts += [("up to " if len(comparisons) > 1 else "") + count(most, "seed"), f"{total} runs"]
+    if toy:
+        facts.append("toy size: tiny random models, no finding")
     words: dict[str, str] = dict.fromkeys(COLORS, "")
     return str(
         _template().render(
             title=title,
             facts=facts,
-            lead=lead(comparisons, baseline),
-            cards=verdict_cards(comparisons, baseline),
+            lead=lead(comparisons),
+            cards=verdict_cards(comparisons),
             overview=overview,
             sections=sections,
             closing=closing,

@@ -6,6 +6,7 @@ compared with one another.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +30,11 @@ class Problem:
     setting: dict[str, Any] = field(default_factory=dict)
 
 
-def problems(runs: pd.DataFrame) -> list[Problem]:
+def problems(runs: pd.DataFrame, titles: Mapping[str, str] | None = None) -> list[Problem]:
     """Split a table of runs into problems.
 
     A row that reads less of the grid than others (full fine-tuning has no rank) belongs to every
-    point of it.
+    point of it. ``titles`` are what experiments are called beside one another.
     """
     found = []
     several = runs["experiment"].nunique() > 1
@@ -43,7 +44,7 @@ def problems(runs: pd.DataFrame) -> list[Problem]:
             of_task = group[group["task"] == task]
             for point in _points(of_task):
                 inside = [axes.items() <= point.items() for axes in of_task["axes"]]
-                parts = [str(experiment)] if several else []
+                parts = [(titles or {}).get(str(experiment)) or str(experiment)] if several else []
                 parts += [str(task)] if len(tasks) > 1 or not (parts or point) else []
                 parts += [f"{short(key)} {plain(value)}" for key, value in point.items()]
                 name = ", ".join(parts)

@@ -9,10 +9,8 @@ import numpy as np
 import pandas as pd
 
 from lorapro.experiments.report.comparison import (
-    BASELINE,
     BETTER,
     ONE_SEED,
-    TARGET,
     TIE,
     WORSE,
     Comparison,
@@ -20,7 +18,7 @@ from lorapro.experiments.report.comparison import (
 )
 from lorapro.experiments.report.problems import headline, short
 from lorapro.experiments.report.tables import Table
-from lorapro.experiments.report.text import is_loss, plain
+from lorapro.experiments.report.text import is_loss, listed, plain
 from lorapro.experiments.results import Experiment
 from lorapro.experiments.statistics import (
     Interval,
@@ -35,7 +33,7 @@ __all__ = ["across_table", "conditions_table", "paper_table", "unfinished_table"
 UNTRAINED = ("zero-shot", "untrained", "base")
 
 
-def across_table(comparisons: Sequence[Comparison], baseline: str = BASELINE) -> Table | None:
+def across_table(comparisons: Sequence[Comparison]) -> Table | None:
     """Each method over all problems: verdicts counted, chance to improve on the baseline, IQM.
 
     The chance compares all pairs of runs within a problem. The interquartile mean is over runs
@@ -45,12 +43,14 @@ def across_table(comparisons: Sequence[Comparison], baseline: str = BASELINE) ->
     labels = list(dict.fromkeys(row.label for found in comparisons for row in found.rows))
     if len(comparisons) < 2:
         return None
+    baseline = listed(list(dict.fromkeys(found.baseline for found in comparisons)))
     rows = []
     for label in labels:
         pairs = [(found, row) for found in comparisons if (row := found.row(label)) and row.values]
-        verdicts = [row.versus[baseline].verdict for _, row in pairs if baseline in row.versus]
+        against = [row.versus[f.baseline] for f, row in pairs if f.baseline in row.versus]
+        verdicts = [versus.verdict for versus in against]
         counts = [str(verdicts.count(kind) or "") for kind in (BETTER, TIE, WORSE, ONE_SEED)]
-        rows.append([label, str(len(pairs)), *counts, _chance(pairs, baseline), _scaled(pairs)])
+        rows.append([label, str(len(pairs)), *counts, _chance(pairs), _scaled(pairs)])
     header = ["method", "problems", "better", "ties", "worse", "one seed"]
     header += [f"P(better than {baseline})", "IQM"]
     notes = [
@@ -72,9 +72,10 @@ def _gains(found: Comparison, row: Row) -> np.ndarray:
     return sign * np.array(list(row.values.values()))
 
 
-def _chance(pairs: Sequence[tuple[Comparison, Row]], baseline: str) -> str:
-    both = [(f, row, base) for f, row in pairs if (base := f.row(baseline)) and base.values]
-    if not both or both[0][1].label == baseline:
+def _chance(pairs: Sequence[tuple[Comparison, Row]]) -> str:
+    both = [(f, row, base) for f, row in pairs if (base := f.row(f.baseline)) and base.values]
+    both = [(f, row, base) for f, row, base in both if row is not base]
+    if not both:
         return ""
     ours, theirs = [_gains(f, row) for f, row, _ in both], [_gains(f, b) for f, _, b in both]
     return _interval(stratified_interval(probability_of_improvement, ours, theirs))
@@ -88,7 +89,7 @@ def _scaled(pairs: Sequence[tuple[Comparison, Row]]) -> str:
     scores = []
     for found, row in pairs:
         zero = next((r for r in found.rows if r.method in UNTRAINED and r.values), None)
-        one = found.row(TARGET)
+        one = found.row(found.goal)
         if zero is None or one is None or not one.values:
             continue
         start, end = _gains(found, zero).mean(), _gains(found, one).mean()
@@ -149,9 +150,9 @@ def _ours(
         return None
     row = found[0].row(label)
     metric = headline(found[0].problem.runs)
-    column = str(what.get("value", "")).removeprefix("cost.")
-    measure = column if "cost." in str(what.get("value")) else f"test_{column}"
-    measure = measure if column else metric or found[0].measure
+    value = str(what.get("value") or (metric or found[0].measure).removeprefix("test_"))
+    cost = value.startswith("cost.")
+    measure = value.removeprefix("cost.") if cost else f"test_{value}"
     runs = found[0].problem.runs
     if "learning_rate" in select:
         near = np.isclose(runs["learning_rate"].astype(float), float(select["learning_rate"]))
@@ -161,7 +162,7 @@ def _ours(
     values = runs[measure].dropna().to_list() if measure in runs else []
     if not values:
         return None
-    scale = float(what.get("scale", 1 if column or is_loss(measure) else 100))
+    scale = float(what.get("scale", 1 if cost or is_loss(measure) else 100))
     summary = summarize([scale * float(v) for v in values])
     return summary.mean, summary.sd
 

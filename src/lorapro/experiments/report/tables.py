@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lorapro.experiments.report.comparison import BASELINE, Comparison, Row, Versus
+from lorapro.experiments.report.comparison import Comparison, Row, Versus
 from lorapro.experiments.report.problems import headline
 from lorapro.experiments.report.text import (
     bytes_text,
@@ -59,17 +59,17 @@ class Table:
 # One problem
 
 
-def main_table(
-    found: Comparison, reported: Numbers | None = None, baseline: str = BASELINE
-) -> Table:
+def main_table(found: Comparison, reported: Numbers | None = None) -> Table:
     """Quality at the chosen rates: the measure, differences, share of the gap, the metric."""
     metric = headline(found.problem.runs)
     names = dict.fromkeys(n for row in (reported or {}).values() for n in row)
     if metric is None:
         metric = next(iter(names), None)
-    compared = any(baseline in row.versus for row in found.rows)
+    compared = any(found.baseline in row.versus for row in found.rows)
     header = ["method", "lr", measure_name(found.measure)]
-    header += [f"minus {baseline}", "p (Holm)", f"against {baseline}"] if compared else []
+    header += (
+        [f"minus {found.baseline}", "p (Holm)", f"against {found.baseline}"] if compared else []
+    )
     header += [measure_name(metric)] if metric and metric != found.measure else []
     header += ["gap closed"] if found.gap else []
     rows, marks = [], []
@@ -77,17 +77,17 @@ def main_table(
         summary = row.summary
         value = "-" if summary is None else number(found.measure, summary.mean, summary.sd)
         cells = [row.label, f"{row.rate:g}", value]
-        versus = row.versus.get(baseline)
+        versus = row.versus.get(found.baseline)
         if compared:
             cells += [_difference(found.measure, versus), *_said(versus)]
         if metric and metric != found.measure:
             cells.append(_metric(row, metric, reported))
         if found.gap:
-            cells.append(_share(found, row, baseline))
+            cells.append(_share(found, row))
         rows.append(cells)
         marks.append("" if versus is None else versus.verdict)
-    notes = how_to_read(found, baseline)
-    if sentence := gap_sentence(found, baseline):
+    notes = how_to_read(found)
+    if sentence := gap_sentence(found):
         notes.append(sentence)
     notes += [f"Warning: {line}." for line in warnings(found)]
     return Table(found.problem.name, header, rows, notes, marks).without_empty_columns()
@@ -112,15 +112,15 @@ def _metric(row: Row, metric: str, reported: Numbers | None) -> str:
     return number(metric, *(reported or {}).get(row.label, {}).get(metric, (None, None)))
 
 
-def _share(found: Comparison, row: Row, baseline: str) -> str:
-    if row.label == baseline or row.versus.get(baseline) is found.gap:
+def _share(found: Comparison, row: Row) -> str:
+    if row.label in (found.baseline, found.goal):
         return ""
     if row.share is None:
         return "no gap" if found.gap and found.gap.interval else "-"
     return f"{100 * row.share.size:.0f} % ({100 * row.share.low:.0f} to {100 * row.share.high:.0f})"
 
 
-def detail_table(found: Comparison, other: str = BASELINE) -> Table | None:
+def detail_table(found: Comparison, other: str) -> Table | None:
     """Differences from another row in full: both intervals; p alone, corrected, by sign flips."""
     rows, marks = [], []
     for row in found.rows:
@@ -163,7 +163,7 @@ def detail_table(found: Comparison, other: str = BASELINE) -> Table | None:
     return Table(title, header, rows, [], marks).without_empty_columns()
 
 
-def way_table(found: Comparison, baseline: str = BASELINE) -> Table | None:
+def way_table(found: Comparison) -> Table | None:
     """Validation losses on the way, at the chosen rates: mean, and difference from the baseline."""
     ways = {row.label: losses_on_the_way(row) for row in found.rows}
     known = sorted(set().union(*ways.values())) if ways else []
@@ -179,15 +179,15 @@ def way_table(found: Comparison, baseline: str = BASELINE) -> Table | None:
                 cells.append("-")
                 continue
             text = f"{sum(by_seed.values()) / len(by_seed):.4f}"
-            base = ways.get(baseline, {}).get(step, {})
+            base = ways.get(found.baseline, {}).get(step, {})
             shared = sorted(set(base) & set(by_seed))
-            if label != baseline and len(shared) > 1:
+            if label != found.baseline and len(shared) > 1:
                 over = paired_t([by_seed[s] - base[s] for s in shared])
                 text += "" if over is None else f" ({with_interval('loss', over)})"
             cells.append(text)
         rows.append(cells)
     compared = any("±" in cell for cells in rows for cell in cells)
-    what = f" (minus {baseline}'s, 95 % interval)" if compared else ""
+    what = f" (minus {found.baseline}'s, 95 % interval)" if compared else ""
     return Table(
         f"Validation loss on the way, at these rates{what}",
         ["method", *(f"step {s}" for s in steps)],
@@ -220,10 +220,17 @@ def shown_steps(steps: Sequence[int], most: int = MOST_COLUMNS) -> list[int]:
     return [steps[round((k + 1) * len(steps) / number_of) - 1] for k in range(number_of)]
 
 
-def cost_table(found: Comparison, baseline: str = BASELINE) -> Table:
+def cost_table(found: Comparison) -> Table:
     """Trainable parameters, optimizer state, peak memory and time of the chosen runs."""
-    base = found.row(baseline)
-    header = ["method", "trainable", "optimizer state", "peak memory", "s/step", f"over {baseline}"]
+    base = found.row(found.baseline)
+    header = [
+        "method",
+        "trainable",
+        "optimizer state",
+        "peak memory",
+        "s/step",
+        f"over {found.baseline}",
+    ]
     rows = []
     for row in found.rows:
         step, total = median(row, "seconds_per_step"), median(row, "seconds")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from lorapro.experiments.report.comparison import (
-    BASELINE,
     BETTER,
     ONE_SEED,
     TARGET,
@@ -31,21 +30,21 @@ from lorapro.experiments.statistics import smallest_sign_flip_p
 __all__ = ["gap_sentence", "how_to_read", "lead", "many_verdict", "verdict", "warnings"]
 
 
-def verdict(found: Comparison, row: Row, baseline: str = BASELINE) -> str:
+def verdict(found: Comparison, row: Row) -> str:
     """One row of one problem against the baseline, the rival and the gap."""
     name = measure_name(found.measure)
     if row.summary is None:
         return f"No run with a finite {name}." if len(row.runs) else "No finished run."
     value = number(found.measure, row.summary.mean, row.summary.sd)
-    if row.label == baseline:
+    if row.label == found.baseline:
         seeds = count(row.summary.count, "seed")
         return f"What the others are compared with: {name} {value}, {seeds}."
-    versus = row.versus.get(baseline)
+    versus = row.versus.get(found.baseline)
     if versus is None:
-        return f"{name.capitalize()} {value}; there is no {baseline} to compare it with."
+        return f"{name.capitalize()} {value}; there is no {found.baseline} to compare it with."
     parts = [_against(found.measure, versus, full=True)]
     parts += [
-        _against(found.measure, v, full=False) for o, v in row.versus.items() if o != baseline
+        _against(found.measure, v, full=False) for o, v in row.versus.items() if o != found.baseline
     ]
     if row.share is not None:
         low, high = (f"{100 * end:.0f}" for end in (row.share.low, row.share.high))
@@ -80,13 +79,14 @@ def _against(measure: str, versus: Versus, *, full: bool) -> str:
     return f"{words} {tuned}: {name} {size} over {count(versus.seeds, 'seed')}."
 
 
-def many_verdict(comparisons: list[Comparison], label: str, baseline: str = BASELINE) -> str:
+def many_verdict(comparisons: list[Comparison], label: str) -> str:
     """One row over several problems."""
     by_verdict: dict[str, list[str]] = {}
     alone = []
+    baseline = listed(list(dict.fromkeys(found.baseline for found in comparisons)))
     for found in comparisons:
         row = found.row(label)
-        versus = row.versus.get(baseline) if row is not None else None
+        versus = row.versus.get(found.baseline) if row is not None else None
         if row is None or versus is None:
             continue
         name = f"{found.problem.name} ({_short(found.measure, versus)})"
@@ -119,19 +119,24 @@ def _short(measure: str, versus: Versus) -> str:
     return with_interval(measure, versus.interval)
 
 
-def lead(comparisons: Sequence[Comparison], baseline: str = BASELINE) -> list[str]:
+def lead(comparisons: Sequence[Comparison]) -> list[str]:
     """The whole in a few sentences: who is better or worse than the baseline anywhere; the gaps."""
     several = len(comparisons) > 1
+    baseline = listed(list(dict.fromkeys(found.baseline for found in comparisons)))
     lines = []
     ties = one_seed = 0
     for kind in (BETTER, WORSE):
         for found in comparisons:
             verdicts = [
-                (r.label, r.versus[baseline].verdict) for r in found.rows if baseline in r.versus
+                (r.label, r.versus[found.baseline].verdict)
+                for r in found.rows
+                if found.baseline in r.versus
             ]
             if labels := [label for label, said in verdicts if said == kind]:
                 where = f" on {found.problem.name}" if several else ""
-                lines.append(f"{kind.capitalize()} than tuned {baseline}{where}: {listed(labels)}.")
+                lines.append(
+                    f"{kind.capitalize()} than tuned {found.baseline}{where}: {listed(labels)}."
+                )
             if kind == BETTER:
                 ties += sum(said == TIE for _, said in verdicts)
                 one_seed += sum(said == ONE_SEED for _, said in verdicts)
@@ -139,13 +144,13 @@ def lead(comparisons: Sequence[Comparison], baseline: str = BASELINE) -> list[st
         everywhere = " on every problem" if several else ""
         lines.append(
             f"{'Every method ties' if ties > 1 else 'It ties'} with tuned {baseline}{everywhere}: "
-            "no difference is beyond noise."
+            "no difference is beyond noise once all comparisons are allowed for."
         )
     elif ties:
         lines.append(f"Everything else ({count(ties, 'comparison')}) is a tie.")
     if one_seed and not lines:
         lines.append("One seed: differences are shown, but what is noise cannot be told.")
-    gaps = [(f, sentence) for f in comparisons if (sentence := gap_sentence(f, baseline))]
+    gaps = [(f, sentence) for f in comparisons if (sentence := gap_sentence(f))]
     if not several:
         return lines + [sentence for _, sentence in gaps]
     none = [f.problem.name for f, sentence in gaps if sentence.endswith("no gap beyond noise.")]
@@ -154,16 +159,15 @@ def lead(comparisons: Sequence[Comparison], baseline: str = BASELINE) -> list[st
     return lines + [f"{f.problem.name}: {s}" for f, s in gaps if f.problem.name not in none]
 
 
-def gap_sentence(found: Comparison, baseline: str = BASELINE) -> str | None:
+def gap_sentence(found: Comparison) -> str | None:
     """How far the target is from the baseline, and whether that is more than noise."""
     gap = found.gap
     if gap is None:
         return None
     sign = -1.0 if is_loss(found.measure) else 1.0
-    goal = next(r.label for r in found.rows if r.versus.get(baseline) is gap)
-    name = "full fine-tuning" if goal == TARGET else goal
+    name = "full fine-tuning" if found.goal == TARGET else found.goal
     value = signed(found.measure, sign * gap.size).removeprefix("+")
-    text = f"Gap from {baseline} to {name}: {value} of {measure_name(found.measure)}"
+    text = f"Gap from {found.baseline} to {name}: {value} of {measure_name(found.measure)}"
     if gap.interval is None:
         return (
             f"{text}. One seed gives no estimate of its noise: run more before believing a share."
@@ -172,11 +176,12 @@ def gap_sentence(found: Comparison, baseline: str = BASELINE) -> str | None:
     ahead = sign * gap.size > 0
     end = ": no gap beyond noise"
     if gap.interval.excludes_zero:
-        end = "" if ahead else f": {name} is behind {baseline} beyond noise"
+        behind = f": taken alone, {name} is behind {found.baseline} beyond noise"
+        end = ": a gap beyond noise" if ahead else behind
     return f"{text}, 95 % interval ± {half} over {count(gap.seeds, 'seed')}{end}."
 
 
-def how_to_read(found: Comparison, baseline: str = BASELINE) -> list[str]:
+def how_to_read(found: Comparison) -> list[str]:
     """The sentences under a table: what its columns are, and what its seeds can show at all."""
     seeds = len(found.seeds)
     if seeds < 2:
@@ -184,13 +189,13 @@ def how_to_read(found: Comparison, baseline: str = BASELINE) -> list[str]:
     spread = {row.summary.count for row in found.rows if row.summary is not None}
     over = count(seeds, "seed") if spread == {seeds} else f"{min(spread)} to {max(spread)} seeds"
     lines = [f"Mean ± standard deviation over {over}."]
-    if any(baseline in row.versus for row in found.rows):
+    if any(found.baseline in row.versus for row in found.rows):
         boot = any(v.boot for row in found.rows for v in row.versus.values())
         items = " and the interval of resampled seeds and items leaves zero out" if boot else ""
         lines.append(
-            f"minus {baseline}: difference seed by seed with its 95 % t-interval. It is called "
-            "better or worse where p, corrected for the table's comparisons (Holm), is below "
-            f"0.05{items}; else a tie."
+            f"minus {found.baseline}: difference seed by seed with its 95 % t-interval. It is "
+            "called better or worse where p, corrected for the table's comparisons (Holm), is "
+            f"below 0.05{items}; else a tie."
         )
         least = smallest_sign_flip_p(seeds)
         if least > 0.05 / max(1, len(found.rows) - 1):

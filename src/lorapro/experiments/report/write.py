@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +11,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from lorapro.experiments.folders import ADAPTER, MERGED, MODEL, write_text
-from lorapro.experiments.report.comparison import BASELINE, TARGET, Comparison, compare
+from lorapro.experiments.report.comparison import TARGET, Comparison, compare
 from lorapro.experiments.report.diagnostic_figures import diagnostic_figures
 from lorapro.experiments.report.drawing import FigurePanels
 from lorapro.experiments.report.figures import figures_of, swept_figure
 from lorapro.experiments.report.html import Section, page, verdict_cards
-from lorapro.experiments.report.problems import headline, problems
+from lorapro.experiments.report.problems import Problem, headline, problems
 from lorapro.experiments.report.rate_tables import (
     rates_table,
     transfer_table,
@@ -51,13 +52,23 @@ class Report:
     results: Results
     measure: str | None = None
     target: str = TARGET
+    baseline: str | None = None
     against: str | None = None  # a swept variable to draw
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """One a problem."""
-        found = problems(self.results.runs)
-        return [compare(problem, self.measure, target=self.target) for problem in found]
+        titles = {name: about.title for name, about in self.results.experiments.items()}
+        found = problems(self.results.runs, titles)
+        return [self._compare(problem) for problem in found]
+
+    def _compare(self, problem: Problem) -> Comparison:
+        return compare(problem, self.measure, baseline=self.baseline, target=self.target)
+
+    @property
+    def toy(self) -> bool:
+        """Whether any of it is of toy size."""
+        return any(about.toy for about in self.results.experiments.values())
 
     @property
     def title(self) -> str:
@@ -125,7 +136,9 @@ class Report:
         if transfers := self.transfers():
             first, *others = transfers
             sections.append(Section(first.title, [first], folded=others))
-        return page(self.title, self.comparisons, self.overview(), sections, self.closing())
+        return page(
+            self.title, self.comparisons, self.overview(), sections, self.closing(), toy=self.toy
+        )
 
     def markdown(self) -> str:
         """The whole as Markdown, without figures."""
@@ -147,11 +160,8 @@ class Report:
         written = []
         several = len(self.comparisons) > 1
         for found in self.comparisons:
-            into = (
-                folder / found.problem.name.replace(", ", "_").replace(" ", "-")
-                if several
-                else folder
-            )
+            name = re.sub(r"[^\w.+=-]+", "_", found.problem.name)
+            into = folder / name if several else folder
             into.mkdir(parents=True, exist_ok=True)
             written += [_save(figure, into, kind) for figure in self.figures(found)]
         return written + [_save(figure, folder, kind) for figure in self.swept()]
@@ -207,6 +217,6 @@ def print_tables(report: Report, console: Console) -> None:
             for line in table.notes:
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print()
-    for card in verdict_cards(report.comparisons, BASELINE):
+    for card in verdict_cards(report.comparisons):
         line = f"{card.label}: {card.sentence}"
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 BENCH = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks
 SMOLLM2 := smollm2-135m-instruct --batches 1 --size 8
 
-.PHONY: demo test lint types unit wheel bench clean
+.PHONY: demo test lint types unit wheel bench results clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lorapro compare recipes/local/tweets_demo.yaml --output_dir demo-output
@@ -45,6 +45,14 @@ bench: $(VENV)/.dev
 	$(BENCH)/lora_ga_time.py --model $(SMOLLM2) --methods lora sketch peft
 	$(BENCH)/lora_ga_memory.py --model minilm-l6
 	$(BENCH)/lora_ga_memory.py --model $(SMOLLM2)
+
+# Every table and figure in results/ from the results.json beside it, and a page of the tasks that
+# share no runs with one another.
+REPORTED := tweets fashion_mnist bbc_news gsm8k_smollm2
+results: $(VENV)/.dev
+	set -e; for folder in $(patsubst %/results.json,%,$(wildcard results/*/results.json)); do \
+	    $(BIN)/lorapro report $$folder --output $$folder/table.md --figures $$folder > /dev/null; done
+	$(BIN)/lorapro report $(REPORTED:%=results/%) --output results/report.html > /dev/null
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -400,6 +401,15 @@ def test_everything_comes_from_the_compact_form_alone(tmp_path):
         re.sub(r"[0-9.]+|-[mp][0-9a-f]{10}", "", Report(read).html()) for read in (again, full)
     ]
     assert pages[0] == pages[1]
+
+
+COMMITTED = Path(__file__).parents[2] / "results"
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in COMMITTED.glob("*/results.json")))
+def test_committed_tables_are_what_their_results_give(folder):
+    text = Report(read_results(COMMITTED / folder)).markdown()
+    assert text == (COMMITTED / folder / "table.md").read_text(), "run: make results"
 
 
 def test_what_a_comparison_leaves_in_its_folder(tmp_path):

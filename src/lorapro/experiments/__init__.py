@@ -21,6 +21,9 @@ module             subject
 ``plan``           a recipe -> cells of runs (tasks x methods x grid)
 ``sweep``          execution of a plan: rates picked on validation data, resumable
 ``restore``        models from what was saved
+``results``        all runs -> one tidy table, a row a run; its compact form ``results.json``
+``statistics``     paired intervals, corrections, shares of a gap; ``rates``: learning rates
+``report``         tables, figures and one page, all functions of the tidy table
 ================== ==========================================================================
 """
 

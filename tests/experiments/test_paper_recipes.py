@@ -87,18 +87,21 @@ def test_without_permission_humaneval_refuses_and_the_toy_leaves_it_out(monkeypa
     assert {c.task: c.values["generation_samples"] for c in toy.cells}["HumanEval"] == 0
 
 
+# Averages that are not the mean of their own row, as printed: 82.01 and 83.60 would be.
+MISPRINTED = {("lora", 82.08), ("dora", 83.48)}
+
+
 def test_the_papers_averages_are_those_of_its_rows():
-    seen = 0
+    seen = set()
     for name in RECIPES:
         for label, row in read_yaml(FOLDER / f"{name}.yaml").get("paper", {}).items():
             if "avg" not in row:
                 continue
-            seen += 1
             means = [v[0] if isinstance(v, list) else v for k, v in row.items() if k != "avg"]
-            # LoRA in Table 1: the paper prints 82.08, its five numbers have the mean 82.01.
-            off = 0.08 if (label, row["avg"]) == ("lora", 82.08) else 0.011
-            assert sum(means) / len(means) == pytest.approx(row["avg"], abs=off), (name, label)
-    assert seen >= 17
+            right = sum(means) / len(means) == pytest.approx(row["avg"], abs=0.011)
+            assert right is ((label, row["avg"]) not in MISPRINTED), (name, label)
+            seen.add(name)
+    assert {"table_1", "table_3", "lora_ga_table_1"} <= seen
 
 
 def test_the_papers_tables_agree_where_they_repeat_each_other():

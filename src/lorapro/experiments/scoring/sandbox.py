@@ -48,9 +48,10 @@ class Outcome:
     Attributes:
         passed: it ran to its last line without an exception.
         reason: ``"passed"``, or what ended it.
-        isolation: for ``network``, ``files`` and ``processes``, who keeps the program from them:
-            the ``"kernel"`` (namespaces, read-only mounts, limits), or ``"python"`` alone (an audit
-            hook, which stops accidents but not a determined attacker). Empty if it never started.
+        isolation: for ``network``, ``files``, ``processes`` and ``memory``, who keeps the program
+            from them: the ``"kernel"`` (namespaces, read-only mounts, limits), ``"python"`` alone
+            (an audit hook, which stops accidents but not a determined attacker), or ``"nobody"``
+            (memory on macOS). Empty if it never started.
     """
 
     passed: bool

@@ -109,11 +109,15 @@ def seal_files(folder: str, size: int, owner: int) -> bool:
     return True
 
 
-def limit(what: int, value: int) -> None:
-    """Set a resource limit, soft and hard, no higher than it is already."""
+def limit(what: int, value: int) -> bool:
+    """Set a resource limit, soft and hard, no higher than it is already; say whether it holds."""
     hard = resource.getrlimit(what)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(what, (value, value))
+    try:
+        resource.setrlimit(what, (value, value))
+    except (ValueError, OSError):  # macOS knows RLIMIT_AS by name only
+        return False
+    return True
 
 
 def readable_by_others(*paths: str) -> bool:
@@ -226,13 +230,14 @@ def main() -> None:
         drop_privileges(user, keep_reading)
     except (OSError, AttributeError):
         dropped = False
-    limit(resource.RLIMIT_NPROC, job["processes"])
-    limit(resource.RLIMIT_AS, job["memory_bytes"])
+    few = limit(resource.RLIMIT_NPROC, job["processes"])
+    small = limit(resource.RLIMIT_AS, job["memory_bytes"])
     say(
         {
+            "memory": "kernel" if small else "nobody",
             "network": "kernel" if spaces else "python",
             "files": "kernel" if sealed and dropped else "python",
-            "processes": "kernel" if dropped and user != 0 else "python",
+            "processes": "kernel" if few and dropped and user != 0 else "python",
         }
     )
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from lorapro.experiments.config import build_config
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.evaluation import make_trainer
+from lorapro.experiments.model_building import start_batches
 from lorapro.experiments.runner import make_task, run
 from lorapro.experiments.toys import toy_values
 
@@ -80,6 +81,17 @@ def test_the_test_set_is_the_labelled_validation_split(name, tmp_path):
     assert whole.validation == whole.test[:10]
     few = make_task(build_config(values(name, tmp_path, test_samples=5, train_samples=7)))
     assert [len(part) for part in (few.train, few.validation, few.test)] == [7, 10, 5]
+
+
+def test_lora_ga_takes_the_first_rows_where_the_recipe_says_so(tmp_path):
+    start = {"method": "lora-ga", "lora_ga_batches": 3, "lora_ga_batch_size": 1}
+    found = []
+    for first in (True, False):
+        config = build_config(values("sst2", tmp_path, lora_ga_first_rows=first, **start))
+        task = make_task(config)
+        batches = [batch["input_ids"][0].tolist() for batch in start_batches(config, task)]
+        found.append(batches == [example["input_ids"] for example in task.train[:3]])
+    assert found == [True, False]
 
 
 def test_a_folder_of_several_tasks_holds_one_each(tmp_path):

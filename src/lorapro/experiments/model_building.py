@@ -134,14 +134,15 @@ def total_steps(config: RunConfig, family: Family) -> int:
 
 
 def start_batches(config: RunConfig, family: Family) -> Iterator[dict[str, Any]]:
-    """Yield the training batches, seeded, that the start asks for."""
+    """Yield the training batches that the start asks for: drawn with the seed, or the first."""
     import random
 
     options = config.start
     count = getattr(options, "lora_ga_batches", 0)
     size = getattr(options, "lora_ga_batch_size", 0) or config.training.per_device_train_batch_size
     order = list(range(len(family.train)))
-    random.Random(config.training.seed).shuffle(order)
+    if not getattr(options, "lora_ga_first_rows", False):
+        random.Random(config.training.seed).shuffle(order)
     collate = family.collator()
     for start in range(0, min(count * size, len(order)), size):
         yield collate([family.train[i] for i in order[start : start + size]])

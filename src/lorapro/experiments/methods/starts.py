@@ -36,6 +36,9 @@ class LoraGaOptions:
     lora_ga_batch_size: int = option(
         0, "LoRA-GA: examples of such a batch; 0 is the training batch size", least=0
     )
+    lora_ga_first_rows: bool = option(
+        False, "LoRA-GA: of the first training rows, as in its own code, and not of drawn ones"
+    )
     lora_ga_estimator: str | None = option(
         None,
         "LoRA-GA: default sketch, exact for objectives sign and adam",

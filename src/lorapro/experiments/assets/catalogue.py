@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorapro.experiments.assets import models, pretrained, tables, whisper
+from lorapro.experiments.assets import models, pretrained, speech, tables, whisper
 
 __all__ = ["ASSETS", "Asset"]
 
@@ -225,6 +225,13 @@ ASSETS: dict[str, Asset] = {
             "3,040 sentences and their negations",
             "as the package",
             tables.text_to_text,
+        ),
+        _bigbench(
+            "spoken-questions",
+            "linguistic_mappings/question_formation_json",
+            "1,200 of these sentences spoken by espeak-ng, and their questions in writing",
+            "as the package",
+            speech.spoken,
         ),
         _bigbench(
             "cifar10-test",

@@ -20,6 +20,7 @@ from lorapro.experiments.errors import UserError
 
 __all__ = [
     "cifar10",
+    "examples_of",
     "humaneval",
     "rotten_tomatoes",
     "splits_from_orange",
@@ -95,7 +96,7 @@ def vitaminc(source: Path, target: Path) -> None:
     passage is from: no page is on both sides.
     """
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
-    for example in _examples(source):
+    for example in examples_of(source):
         premise, _, hypothesis = example["input"].rpartition("\nClaim: ")
         label = max(example["target_scores"], key=example["target_scores"].get)
         page = premise.partition(":")[0]
@@ -110,7 +111,7 @@ def vitaminc(source: Path, target: Path) -> None:
 def text_to_text(source: Path, target: Path) -> None:
     """Write ``train.jsonl`` (``instruction``, ``output``, ``kind``) from inputs and targets."""
     names = {"input": "instruction", "target": "output", "comment": "kind"}
-    rows = ({name: e[key] for key, name in names.items()} for e in _examples(source))
+    rows = ({name: e[key] for key, name in names.items()} for e in examples_of(source))
     write_rows(target / "train.jsonl", rows)
 
 
@@ -124,7 +125,7 @@ def cifar10(source: Path, target: Path) -> None:
     import datasets
 
     columns: dict[str, list[Any]] = {"image": [], "label": []}
-    for example in _examples(source):
+    for example in examples_of(source):
         columns["image"].append({"bytes": base64.b64decode(example["input"]), "path": None})
         columns["label"].append(max(example["target_scores"], key=example["target_scores"].get))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
@@ -141,7 +142,7 @@ def humaneval(source: Path, target: Path) -> None:
     (target / "test.jsonl").write_bytes(gzip.decompress(packed))
 
 
-def _examples(source: Path) -> Iterable[Row]:
+def examples_of(source: Path) -> Iterable[Row]:
     """Return the examples of a BIG-bench task."""
     examples = json.loads(_only(source, "*.json").read_text(encoding="utf-8")).get("examples")
     if not examples:

@@ -17,6 +17,7 @@ from lorapro.experiments.tasks.lab import LAB_TASKS, HiddenText, Planted
 from lorapro.experiments.tasks.local_tasks import LOCAL_TASKS
 from lorapro.experiments.tasks.seq2seq import Seq2Seq
 from lorapro.experiments.tasks.sft import Sft
+from lorapro.experiments.tasks.speech import Speech
 from lorapro.experiments.tasks.text_classification import TextClassification
 
 __all__ = ["FAMILIES", "TASKS", "find_task", "make_family", "option_classes"]
@@ -32,6 +33,7 @@ FAMILIES: dict[str, type[Family]] = {
     "sft": Sft,
     "images": Images,
     "clip": Clip,
+    "speech": Speech,
 }
 
 _ENTRIES = (

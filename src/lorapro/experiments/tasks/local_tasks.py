@@ -74,4 +74,14 @@ LOCAL_TASKS = (
     ),
     _rewriting("question-formation", "a sentence becomes a question"),
     _rewriting("sentence-negation", "a sentence becomes its negation"),
+    TaskEntry(
+        "spoken-questions",
+        "speech",
+        "Whisper hears a sentence and writes the question made of it",
+        model="whisper-tiny-en",
+        data="spoken-questions",
+        values={"answer_column": "output"},
+        metric="accuracy",
+        toy=("whisper", "tones"),
+    ),
 )

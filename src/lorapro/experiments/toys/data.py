@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapro.experiments.toys.clip import named_images
+from lorapro.experiments.toys.whisper import tones
 
 __all__ = ["DATA", "write_jsonl"]
 
@@ -161,4 +162,5 @@ DATA: dict[str, Writer] = {
     "gsm8k": gsm8k,
     "idx_images": idx_images,
     "named_images": named_images,
+    "tones": tones,
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapro.experiments.toys.clip import clip
+from lorapro.experiments.toys.whisper import whisper
 
 __all__ = ["MODELS", "save_tokenizer"]
 
@@ -178,4 +179,5 @@ MODELS: dict[str, Writer] = {
     "t5": t5,
     "dinov2": dinov2,
     "clip": clip,
+    "whisper": whisper,
 }

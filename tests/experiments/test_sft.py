@@ -227,17 +227,26 @@ print("the same")
 def test_tasks_of_lm_eval_run_after_training(sft, tmp_path):
     pytest.importorskip("lm_eval")
     write_jsonl(tmp_path / "items.jsonl", [{"q": f"{i} is", "a": " it"} for i in range(4)])
-    (tmp_path / "mine.yaml").write_text(
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text(
         "task: mine\ndataset_path: json\noutput_type: loglikelihood\ntest_split: test\n"
         f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'items.jsonl'}\n"
         "doc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
         "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
-    keys = {"lm_eval": [str(tmp_path / "mine.yaml")], "generation_samples": 0}
+    keys = {
+        "harness_tasks": ["mine"],
+        "harness_folder": str(tmp_path / "tasks"),
+        "generation_samples": 0,
+    }
     result = run(build_config({**sft, **keys}))
-    assert 0 <= result["metrics"]["test"]["lm_eval/mine/acc"] <= 1
+    assert 0 <= result["metrics"]["test"]["mine.acc.none"] <= 1
     with pytest.raises(UserError, match=r"no task 'hellaswagg'.*did you mean 'hellaswag'"):
-        run(build_config({**sft, "lm_eval": ["hellaswagg"], "output_dir": str(tmp_path / "x")}))
+        run(
+            build_config(
+                {**sft, "harness_tasks": ["hellaswagg"], "output_dir": str(tmp_path / "x")}
+            )
+        )
     assert not (tmp_path / "x").exists()
 
 

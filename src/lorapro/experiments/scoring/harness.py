@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorapro.experiments.errors import UserError
+from lorapro.experiments.errors import UserError, nearest_hint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,8 @@ def check_tasks(tasks: Sequence[str], folder: str | None = None) -> None:
     known = _manager(tuple(tasks), folder).all_tasks
     for name in tasks:
         if name not in known:
-            raise UserError(f"lm-eval has no task {name!r}; see: lm-eval ls tasks")
+            hint = nearest_hint(name, known)
+            raise UserError(f"lm-eval has no task {name!r}{hint}; see: lm-eval ls tasks")
 
 
 @functools.lru_cache

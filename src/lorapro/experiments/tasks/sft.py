@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lorapro.experiments.data import Row
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.options import option
+from lorapro.experiments.scoring import harness
 from lorapro.experiments.tasks.base import Examples
 from lorapro.experiments.tasks.causal import IGNORED, Causal
 from lorapro.experiments.tasks.conversations import (
@@ -55,10 +56,11 @@ class SftOptions:
         5, "test prompts answered after training, in samples.jsonl", least=0, learned=False
     )
     generation_batch_size: int = option(8, "answers at a time", least=1, learned=False)
-    lm_eval: list[str] | None = option(
-        None, "tasks of lm-eval to run after training, by name", learned=False
+    harness_tasks: list[str] | None = option(
+        None, "tasks of lm-eval to score after training, by name", learned=False
     )
-    lm_eval_limit: int = option(0, "items of each lm-eval task; 0: all", least=0, learned=False)
+    harness_folder: str | None = option(None, "folder of further tasks for lm-eval", learned=False)
+    harness_samples: int = option(0, "items of each; 0: all", least=0, learned=False)
 
 
 class Sft(Causal):
@@ -80,10 +82,8 @@ class Sft(Causal):
 
     def prepare(self, log: Callable[[str], None] | None = None, limit: int | None = None) -> None:
         """Check the names of lm-eval's tasks first."""
-        if self.args.lm_eval:
-            from lorapro.experiments.harness import check_tasks
-
-            check_tasks(self.args.lm_eval)
+        if self.args.harness_tasks:
+            harness.check_tasks(self.args.harness_tasks, self.args.harness_folder)
         super().prepare(log, limit)
 
     def columns_used(self) -> tuple[str, ...]:
@@ -244,11 +244,16 @@ class Sft(Causal):
         rows = self.test_rows[:samples]
         if rows and save_to is not None:
             self._write_samples(model, rows, save_to.with_name("samples.jsonl"))
-        if not self.args.lm_eval:
+        if not self.args.harness_tasks:
             return {}
-        from lorapro.experiments.harness import harness_metrics
-
-        return harness_metrics(model, self.tokenizer, self.args.lm_eval, self.args.lm_eval_limit)
+        return harness.evaluate(
+            model,
+            self.tokenizer,
+            self.args.harness_tasks,
+            limit=self.args.harness_samples or None,
+            batch_size=self.args.generation_batch_size,
+            folder=self.args.harness_folder,
+        )
 
     def _write_samples(self, model: PreTrainedModel, rows: list[Row], path: Path) -> None:
         from lorapro.experiments.generation import generate
@@ -282,7 +287,7 @@ class Sft(Causal):
     @property
     def final_samples(self) -> int:
         """``generation_samples``, or all that lm-eval needs."""
-        return int(self.args.generation_samples) or int(bool(self.args.lm_eval))
+        return int(self.args.generation_samples) or int(bool(self.args.harness_tasks))
 
 
 @dataclass(frozen=True)

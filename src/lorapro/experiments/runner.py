@@ -23,6 +23,7 @@ from lorapro.experiments.config import RunConfig, owners
 from lorapro.experiments.evaluation import ItemTrainer, make_trainer
 from lorapro.experiments.memory import peak_memory, reset_peak_memory, tensor_bytes
 from lorapro.experiments.model_building import build_model, check_optimizer, count_parameters
+from lorapro.experiments.saved import ABOUT, about_run, write_beside
 from lorapro.experiments.tasks import Family
 
 __all__ = ["make_task", "run"]
@@ -95,10 +96,8 @@ def _train(
     on_step: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     folder, method = config.folder, config.method
-    if not method.start.at_zero and not method.trains_all:
-        from lorapro.lora_ga import save_initial
-
-        save_initial(model, folder / folders.INITIAL)
+    about = about_run(config, family, base_moves(config))
+    folders.write_json(folder / ABOUT, about)
     clock, watch = StepClock(on_step), DivergenceWatch(config.run.divergence)
     callbacks = [clock, watch, MetricsLog(folder), *method.adapter.callbacks(config.adapter)]
     if config.run.diagnostics_every and not method.trains_all:
@@ -147,6 +146,11 @@ def _train(
         "metrics": {**_before(trainer), "validation": validation, "test": test},
         "saved": {} if diverged else _save(config, model, family, folder),
     }
+    about |= {name: result[name] for name in ("steps", "metrics", "versions")}
+    folders.write_json(folder / ABOUT, about)
+    for name in result["saved"].values():
+        changed = name == folders.ADAPTER and folders.MERGED in result["saved"]
+        write_beside(folder / name, {**about, "base_changed": changed}, family)
     result["cost"]["seconds"] = time.perf_counter() - started
     folders.write_json(folder / folders.RESULT, result)
     return folders.read_result(folder)
@@ -269,7 +273,6 @@ def _save(config: RunConfig, model: Any, family: Family, folder: Path) -> dict[s
         if not config.run.save_full_model:
             return {}
         model.save_pretrained(folder / folders.MODEL)
-        family.processor.save_pretrained(folder / folders.MODEL)
         return {"model": folders.MODEL}
     moved = base_moves(config)
     if config.method.start.at_zero or moved:
@@ -286,5 +289,4 @@ def _save(config: RunConfig, model: Any, family: Family, folder: Path) -> dict[s
         return {"adapter": folders.ADAPTER}
     merged = model.merge_and_unload()
     merged.save_pretrained(folder / folders.MERGED)
-    family.processor.save_pretrained(folder / folders.MERGED)
     return {"adapter": folders.ADAPTER, "merged": folders.MERGED}

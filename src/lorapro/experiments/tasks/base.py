@@ -84,6 +84,8 @@ class Family(ABC):
         peft_task_type: name of a ``peft.TaskType``, ``None`` where PEFT has none.
         head: name of the module that starts afresh and is trained in full beside the adapters,
             ``None`` where there is none or PEFT knows it from the task type.
+        carried: attributes that come from the data and that saved weights cannot be used without,
+            such as ``labels``; they are kept beside the weights, as JSON.
 
     Attributes:
         train, validation, test: examples, once prepared.
@@ -96,6 +98,7 @@ class Family(ABC):
     named_labels: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = None
     head: ClassVar[str | None] = None
+    carried: ClassVar[tuple[str, ...]] = ()
 
     train: Examples
     validation: Examples
@@ -259,6 +262,24 @@ class Family(ABC):
     def evaluation_samples(self, limit: int | None) -> int:
         """How many rows ``lorapro evaluate`` asks :meth:`final_metrics` for."""
         return len(self.test_rows)
+
+    def input_columns(self) -> tuple[str, ...]:
+        """Columns that :meth:`predict` reads: those of :meth:`columns_used` without the answer."""
+        raise UserError(f"task {self.entry.name!r} has nothing to predict for new rows")
+
+    def input_row(self, text: str) -> Row:
+        """A row of one text, for tasks that read one column."""
+        columns = self.input_columns()
+        if len(columns) != 1:
+            raise UserError(
+                f"task {self.entry.name!r} reads the columns {', '.join(columns)}; give a file "
+                "with --data"
+            )
+        return {columns[0]: text}
+
+    def predict(self, model: PreTrainedModel, rows: list[Row], batch_size: int) -> list[Row]:
+        """Return what the model says of new rows, one mapping a row."""
+        raise UserError(f"task {self.entry.name!r} has nothing to predict for new rows")
 
     @property
     def final_samples(self) -> int:

@@ -207,6 +207,24 @@ class Causal(TextFamily):
         """Token ids of a row's prompt."""
         return prompt_ids(self.tokenizer, fill(self.args.prompt, row), self.args.chat)
 
+    def input_columns(self) -> tuple[str, ...]:
+        """Columns that the prompt names."""
+        return columns_of(self.args.prompt)
+
+    def predict(self, model: PreTrainedModel, rows: list[Row], batch_size: int) -> list[Row]:
+        """The answer that the model gives to each row's prompt."""
+        from lorapro.experiments.generation import generate
+
+        answers = generate(
+            model,
+            self.tokenizer,
+            [self.prompt_ids(row) for row in rows],
+            batch_size=batch_size,
+            max_new_tokens=self.args.max_new_tokens,
+            temperature=getattr(self.args, "temperature", 0.0),
+        )
+        return [{"prediction": answer} for answer in answers]
+
     def load_model(self) -> PreTrainedModel:
         """Load the language model."""
         from transformers import AutoModelForCausalLM

@@ -62,10 +62,19 @@ class Clip(Labelled, Family):
 
     options: ClassVar[type] = ClipOptions
     named_labels: ClassVar[bool] = True
+    carried: ClassVar[tuple[str, ...]] = ("labels", "names")
 
     def columns_used(self) -> tuple[str, ...]:
         """Image and label."""
         return self.args.image_column, self.args.label_column
+
+    def input_columns(self) -> tuple[str, ...]:
+        """Image."""
+        return (self.args.image_column,)
+
+    def input_row(self, text: str) -> Row:
+        """An image file's path."""
+        return {self.args.image_column: {"path": text, "bytes": None}}
 
     def split_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
         """Read, check, drop repeated images, split."""

@@ -21,8 +21,10 @@ _ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": 
 Messages = list[dict[str, Any]]
 
 
-def messages_of(value: Any, where: str) -> Messages:
+def messages_of(value: Any, where: str, *, answered: bool = True) -> Messages:
     """Return a cell as a list of ``{"role": ..., "content": ...}`` that ends with an answer.
+
+    With ``answered`` false it ends with a question: a last answer is left out.
 
     ShareGPT's ``{"from": "human", "value": ...}`` is read too, and a list written as JSON, as in a
     CSV. Messages keep further keys, such as ``tool_calls``.
@@ -30,6 +32,7 @@ def messages_of(value: Any, where: str) -> Messages:
     Args:
         value: the cell.
         where: "row 3 of chat.jsonl", for errors.
+        answered: whether the answer is wanted.
 
     Raises:
         UserError: not such a list, a role that no template knows, no answer to learn from.
@@ -47,6 +50,8 @@ def messages_of(value: Any, where: str) -> Messages:
     if not isinstance(value, Sequence) or not value:
         raise UserError(f"{where} holds {_short(value)}, expected a list of messages")
     messages = [_message(message, where) for message in value]
+    if not answered:
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if messages[-1]["role"] != "assistant":
         raise UserError(
             f"{where}: the last message is {messages[-1]['role']!r}'s, expected an answer of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorapro.experiments.data import Row
 from lorapro.experiments.errors import UserError
@@ -135,6 +135,32 @@ def _cut(
 
 class Labelled:
     """Scores of families whose logits are (batch, labels) and whose batches carry ``labels``."""
+
+    carried: ClassVar[tuple[str, ...]] = ("labels",)
+    labels: list[str]
+
+    def predict(self, model: Any, rows: list[Row], batch_size: int) -> list[Row]:
+        """The most probable label of each row, and the probabilities of all."""
+        import torch
+
+        family: Any = self
+        # Examples carry a label; any will do, it is not shown to the model.
+        blank = {family.args.label_column: self.labels[0]}
+        examples, collate = family.encode([{**row, **blank} for row in rows]), family.collator()
+        found: list[Row] = []
+        model.eval()
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size])
+            batch.pop("labels")
+            with torch.no_grad():
+                inputs = {name: value.to(model.device) for name, value in batch.items()}
+                shares = model(**inputs).logits.float().softmax(-1)
+            for share in shares.tolist():
+                best = max(range(len(share)), key=share.__getitem__)
+                every = dict(zip(self.labels, share, strict=True))
+                answer = {"prediction": self.labels[best], "probability": share[best]}
+                found.append({**answer, "probabilities": every})
+        return found
 
     def item_scores(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Cross-entropy and correctness of each example."""

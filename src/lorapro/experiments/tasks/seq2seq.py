@@ -47,6 +47,36 @@ class Seq2Seq(TextFamily):
         """Columns that the templates name."""
         return tuple(dict.fromkeys(columns_of(self.args.source) + columns_of(self.args.target)))
 
+    def input_columns(self) -> tuple[str, ...]:
+        """Columns that the source names."""
+        return columns_of(self.args.source)
+
+    def predict(self, model: PreTrainedModel, rows: list[Row], batch_size: int) -> list[Row]:
+        """The target that the model writes, greedily."""
+        import torch
+
+        found: list[Row] = []
+        model.eval()
+        for start in range(0, len(rows), batch_size):
+            sources = [fill(self.args.source, row) for row in rows[start : start + batch_size]]
+            batch = self.tokenizer(
+                sources,
+                truncation=True,
+                max_length=self.args.max_source_length,
+                padding=True,
+                return_tensors="pt",
+            )
+            with torch.no_grad():
+                written: Any = model.generate(  # type: ignore[operator]
+                    input_ids=batch["input_ids"].to(model.device),
+                    attention_mask=batch["attention_mask"].to(model.device),
+                    max_new_tokens=self.args.max_target_length,
+                    do_sample=False,
+                )
+            texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+            found += [{"prediction": text} for text in texts]
+        return found
+
     def encode(self, rows: list[Row]) -> Examples:
         """Tokenize source and target."""
         words, column = self.args.label_words, self.args.label_column

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorapro.experiments.data import Row
 from lorapro.experiments.errors import UserError
-from lorapro.experiments.options import option
+from lorapro.experiments.options import RunOptions, option
 from lorapro.experiments.scoring import harness
-from lorapro.experiments.tasks.base import Examples
+from lorapro.experiments.tasks.base import Examples, TaskEntry
 from lorapro.experiments.tasks.causal import IGNORED, Causal
 from lorapro.experiments.tasks.conversations import (
     Messages,
@@ -73,6 +73,10 @@ class Sft(Causal):
     """
 
     options: ClassVar[type] = SftOptions
+
+    def __init__(self, entry: TaskEntry, run: RunOptions, options: Any) -> None:
+        # The format is settled by the data; the config stays what was given.
+        super().__init__(entry, run, replace(options))
 
     @classmethod
     def training_values(cls, options: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,9 +194,7 @@ class Sft(Causal):
                 f"the tokenizer of {self.model_name!r} has no chat template for conversations; "
                 "take a chat model, or data with prompt and completion as texts"
             )
-        if args.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": args.system}, *messages]
-        return messages
+        return self._with_system(messages)
 
     def _pieces(self, text: str) -> Examples:
         ids = list(self.tokenizer(text)["input_ids"])
@@ -215,20 +217,42 @@ class Sft(Causal):
 
     def prompt_ids(self, row: Row) -> list[int]:
         """Token ids of what comes before the last answer, or of the first part of a text."""
-        if self.args.format == "text":
-            ids = list(self.tokenizer(str(row[self.args.text_column]))["input_ids"])
-            return ids[: min(len(ids) - 1, self.args.max_length // 4) or 1]
-        messages = self.messages(row, f"a row of {self.data_name}")
-        if messages is None:
-            return list(self.tokenizer(str(row[self.args.prompt_column]))["input_ids"])
-        return self.ask(prompt_and_answer(messages)[0])
+        args, where = self.args, f"a row of {self.data_name}"
+        if args.format == "text":
+            ids = list(self.tokenizer(str(row[args.text_column]))["input_ids"])
+            return ids[: min(len(ids) - 1, args.max_length // 4) or 1]
+        if args.format == "messages":
+            return self._ask(messages_of(row[args.messages_column], where, answered=False))
+        prompt = row[args.prompt_column]
+        if not isinstance(prompt, str):
+            return self._ask(messages_of(prompt, where, answered=False))
+        if args.chat and getattr(self.tokenizer, "chat_template", None):
+            return self._ask([{"role": "user", "content": prompt}])
+        return list(self.tokenizer(prompt)["input_ids"])
 
-    def ask(self, messages: Messages) -> list[int]:
+    def _ask(self, messages: Messages) -> list[int]:
         """Token ids of a conversation that waits for an answer."""
         encoded: Any = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
+            self._with_system(messages), add_generation_prompt=True, return_dict=True
         )
         return list(encoded["input_ids"])
+
+    def _with_system(self, messages: Messages) -> Messages:
+        if self.args.system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.args.system}, *messages]
+
+    def input_columns(self) -> tuple[str, ...]:
+        """The conversation's, the prompt's, or the text's."""
+        args = self.args
+        columns = {"messages": args.messages_column, "prompt": args.prompt_column}
+        return (columns.get(args.format, args.text_column),)
+
+    def input_row(self, text: str) -> Row:
+        """A prompt, or what a user says."""
+        if self.args.format == "messages":
+            return {self.args.messages_column: [{"role": "user", "content": text}]}
+        return super().input_row(text)
 
     def metrics(self, items: Mapping[str, ndarray]) -> dict[str, float]:
         """Perplexity."""

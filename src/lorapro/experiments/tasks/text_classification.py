@@ -61,6 +61,10 @@ class TextClassification(Labelled, TextFamily):
         """Text, second text if there is one, and label."""
         return (*self._texts, self.args.label_column)
 
+    def input_columns(self) -> tuple[str, ...]:
+        """Text, and second text if there is one."""
+        return self._texts
+
     @property
     def _texts(self) -> tuple[str, ...]:
         second = self.args.second_text_column

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorapro.experiments.methods.muon import hidden_matrices
 from lorapro.experiments.options import option
 from lorapro.experiments.tasks.base import Examples, TaskEntry
 from lorapro.experiments.tasks.causal import Causal, CausalOptions
@@ -27,6 +26,8 @@ class HiddenText(Causal):
 
     def load_model(self) -> PreTrainedModel:
         """Load the model, all but its hidden layers frozen."""
+        from lorapro.experiments.methods.muon import hidden_matrices
+
         model = super().load_model()
         hidden = {id(weight) for weight in hidden_matrices(model)}
         for parameter in model.parameters():
@@ -110,6 +111,8 @@ class Planted(HiddenText):
 
     def _plant(self, teacher: PreTrainedModel) -> PreTrainedModel:
         import torch
+
+        from lorapro.experiments.methods.muon import hidden_matrices
 
         o = self.args
         with torch.no_grad():

@@ -113,6 +113,7 @@ def check(comparison: Comparison, tasks: Tasks) -> Results:
                 config = cell.config(rate, seed)
                 if folders.run_state(config) == "finished":
                     results[key((cell, rate, seed))] = folders.read_result(config.folder)
+                    folders.clear_checkpoints(config.folder)  # killed before it could do so
                 else:
                     unfinished.setdefault(cell.folder.as_posix(), config)
     todo = {key(job)[0] for job in wanted(comparison, results)}

@@ -38,6 +38,12 @@ class LoraProOptions(PassedOptions):
         "LoRA-Pro: the X of Theorem 2.3; default: the optimizer's own",
         choices=("zero", "sylvester", "symmetric"),
     )
+    damping: float | None = option(
+        None,
+        "LoRA-Pro: length in steps below which directions are damped; 0: the paper's; default: "
+        "the optimizer's own",
+        least=0,
+    )
 
 
 @dataclass
@@ -115,8 +121,8 @@ def _aligned(optimizer: str = "adamw", **fixed: Any) -> Maker:
         import lorapro
 
         given = {**fixed, **_mapping(options.optimizer_options)}
-        if options.x is not None:
-            given["x"] = options.x
+        chosen = {"x": options.x, "damping": options.damping}
+        given |= {name: value for name, value in chosen.items() if value is not None}
         # lr= because a rate that happens to be Trainer's default is a rate of the config here.
         given.setdefault("lr", training.learning_rate)
         return lorapro.trainer_optimizer(training, optimizer, **given)

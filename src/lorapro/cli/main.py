@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train one model from a YAML config and --flag value overrides",
     "compare": "methods x learning rates x seeds: train what is missing, print the table",
+    "lr-find": "a learning rate for your data: short runs at several rates",
     "report": "tables, figures and verdicts of finished runs, as one page",
     "evaluate": "loss and metric of a trained run, or of a model before training",
     "predict": "answer new rows: label names and probabilities, target texts, answers",
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"lorapro {version('lorapro')}")
             return 0
         name = check_name("command", given[0], COMMANDS)
-        return importlib.import_module(f"lorapro.cli.{name}").run(given[1:]) or 0
+        return importlib.import_module(f"lorapro.cli.{name.replace('-', '_')}").run(given[1:]) or 0
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:

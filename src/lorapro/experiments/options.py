@@ -104,6 +104,7 @@ class RunOptions:
     save_full_model: bool = option(
         True, "full fine-tuning: save the model's weights", learned=False
     )
+    score_test: bool = option(True, "score the test set after training", learned=False)
     save_items: bool = option(
         True, "keep loss and correctness of every test example", learned=False
     )

@@ -133,7 +133,7 @@ def _train(
         validation = _last_validation(trainer)
     diverged = watch.diverged or not math.isfinite(validation["loss"])
     test: dict[str, float] = {}
-    if not diverged and family.test:
+    if not diverged and family.test and config.run.score_test:
         items = trainer.score(family.test)
         test = trainer.summarize(items)
         if config.run.save_items:

@@ -10,10 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import lorapro
-from helpers import feed_dense_gradient
-from lorapro.factors import LoraPair
-
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TRIAL = ["--rounds", "2", "--few-rounds"]
 
@@ -133,29 +129,3 @@ def test_too_few_rounds_and_impossible_ranks_are_refused(script, capsys):
 def test_far_steps_shows_which_optimizers_bound_their_steps(script):
     moves = script("far_steps").moves
     assert max(moves("factored", 32, 8)) < 2 < max(moves("sgd", 32, 8))
-
-
-@pytest.mark.parametrize("rule", ["factored", "muon"])
-def test_ideas_start_from_the_rules_of_the_package(script, rule):
-    ideas = script("ideas")
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(6, 3), (3, 8)]
-    start = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    gradients = [torch.randn(6, 8, generator=generator, dtype=torch.float64) for _ in range(4)]
-    ends = []
-    for build in (
-        lambda groups: ideas.Idea(groups, rule, lr=0.01, x="sylvester", weight_decay=0.0),
-        lambda groups: (
-            lorapro.LoraProMuon(groups, lr=0.01)
-            if rule == "muon"
-            else lorapro.LoraProAdamW(groups, lr=0.01, mode="factored")
-        ),
-    ):
-        B, A = (torch.nn.Parameter(p.clone()) for p in start)
-        pair = LoraPair("w", A, B, scaling=2.0)
-        optimizer = build(lorapro.lora_param_groups(None, pairs=[pair]))
-        for G in gradients:
-            feed_dense_gradient(pair, G)
-            optimizer.step()
-        ends.append((A.detach(), B.detach()))
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)

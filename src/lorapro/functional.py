@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, bmm
 
 from lorapro.choices import check_choice
 from lorapro.gram import (
@@ -35,7 +35,6 @@ from lorapro.gram import (
     precise,
     solve_sylvester,
     trace,
-    unit,
 )
 
 __all__ = [
@@ -175,9 +174,10 @@ def point_at(A: Rows, B: Rows, s: Tensor, total: Total = lambda gram: gram) -> P
     """Gram matrices of the factors, in one call of ``total``, and their inverses."""
     exact_A, exact_B = precise(A), precise(B)
     S = total(inner((exact_A, exact_A), (exact_B, exact_B)))
-    V, E = inverse(S, A[0].dtype)
-    (S_A, S_B), (V_A, V_B), (E_A, E_B) = (T.chunk(2) for T in (S, V, E))
-    inv_A, inv_B = Inverse(V_A, E_A), Inverse(V_B, E_B)
+    S_A, S_B = S.chunk(2)
+    inv_A, inv_B = map(
+        Inverse._make, zip(*(T.chunk(2) for T in inverse(S, A[0].dtype)), strict=True)
+    )
     return Point(A, B, s, exact_A, exact_B, S_A, S_B, inv_A, inv_B, total)
 
 
@@ -217,13 +217,13 @@ def shares(
         weight_B: w, by which ``"sylvester"`` weighs ``‖d_B − grad_B‖²``; 1 is the paper's.
     """
     inv_A = at.inv_A.full
-    Z = at.inv_B.full @ K @ inv_A
+    Z = bmm(bmm(at.inv_B.full, K), inv_A)
     if x == "zero":
         return None, Z
     if x == "symmetric":
         return -0.5 * Z, 0.5 * Z
     Y = solve_sylvester(at.S_B, at.S_A / weight_B, K, weight_B * inv_A, at.dtype)
-    C = Y @ inv_A
+    C = bmm(Y, inv_A)
     return C - Z, C
 
 
@@ -237,8 +237,9 @@ def step_length(at: Point, gram_B: Tensor) -> Tensor:
         at: the factors.
         gram_B: ``grad_Bᵀ·grad_B``, (k, r, r).
     """
-    T = at.s**-2 * (gram_B @ at.inv_A.full)
-    return ((T * T.mT).sum((-2, -1), keepdim=True) / unit(trace(T))).clamp_min(0.0).sqrt()
+    T = at.s**-2 * bmm(gram_B, at.inv_A.full)
+    size = trace(T).clamp_min(torch.finfo(T.dtype).tiny)
+    return ((T * T.mT).sum((-2, -1), keepdim=True) / size).sqrt()
 
 
 def equivalent_gradient(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, baddbmm, bmm
 
 __all__ = [
     "Inverse",
@@ -62,7 +62,7 @@ def inner(*pairs: tuple[Rows, Rows]) -> Tensor:
     >>> inner(([torch.ones(1, 1, 2)], [torch.full((1, 1, 2), 3.0)]))
     tensor([[[6.]]])
     """
-    return torch.cat([x @ y.mT for X, Y in pairs for x, y in zip(X, Y, strict=True)])
+    return torch.cat([bmm(x, y.mT) for X, Y in pairs for x, y in zip(X, Y, strict=True)])
 
 
 def combine(*terms: tuple[Tensor, Rows], onto: Rows | None = None) -> Rows:
@@ -82,8 +82,8 @@ def _product(C: Tensor, X: Tensor, onto: Tensor | None) -> Tensor:
     """``onto + C·X``. Rows of a transpose stay one, so that directions of B lie as B does."""
     if X.stride(-2) == 1:
         X, C = X.mT, C.mT
-        return (X @ C if onto is None else torch.baddbmm(onto.mT, X, C)).mT
-    return C @ X if onto is None else torch.baddbmm(onto, C, X)
+        return (bmm(X, C) if onto is None else baddbmm(onto.mT, X, C)).mT
+    return bmm(C, X) if onto is None else baddbmm(onto, C, X)
 
 
 def trace(S: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def trace(S: Tensor) -> Tensor:
 
 
 class Inverse(NamedTuple):
-    """``S⁻¹ = Vᵀ·E`` in two factors of the size of ``S^(−1/2)`` each.
+    """``S⁻¹ = Vᵀ·E`` in two factors of the size of ``S^(−1/2)`` each, and ``full``, their product.
 
     Applied one after the other, float32 products lose cond(S)^(1/2) of their precision; the inverse
     itself would lose cond(S).
@@ -104,11 +104,7 @@ class Inverse(NamedTuple):
 
     V: Tensor
     E: Tensor
-
-    @property
-    def full(self) -> Tensor:
-        """``S⁻¹``, (k, r, r)."""
-        return self.V.mT @ self.E
+    full: Tensor
 
     def __call__(self, X: Rows, scale: Tensor, onto: Rows | None = None) -> Rows:
         """``onto + scale·S⁻¹·X`` for rows X; ``scale`` is (k, 1, 1)."""
@@ -137,12 +133,13 @@ def inverse(S: Tensor, dtype: torch.dtype) -> Inverse:
     floor, mean = FLOOR[dtype], trace(S) / S.shape[-1]
     size = unit(mean)
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    V = _inverse_of_cholesky(torch.add(S / size, eye, alpha=floor))
-    U = floor * (V @ V.mT)
-    square = U @ U
-    E = torch.baddbmm(eye + U, square, torch.add(eye, U, alpha=-9).add_(square, alpha=6)) @ V
+    V = _inverse_of_cholesky(torch.add(S / size, eye, alpha=floor), eye)
+    U = floor * bmm(V, V.mT)
+    square = bmm(U, U)
+    E = bmm(baddbmm(eye + U, square, torch.add(eye, U, alpha=-9).add_(square, alpha=6)), V)
     root = size.rsqrt()
-    return Inverse(root * V, (mean.sign() * root) * E)
+    V, E = root * V, (mean.sign() * root) * E
+    return Inverse(V, E, bmm(V.mT, E))
 
 
 def orthonormal(S: Tensor, traces: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -161,8 +158,8 @@ def orthonormal(S: Tensor, traces: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     size = unit(traces / S.shape[-1])
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     S = torch.add(S / size, eye, alpha=RIDGE[dtype])
-    V, root = _inverse_of_cholesky(S), size.sqrt()
-    return V / root, root * (S @ V.mT)
+    V, root = _inverse_of_cholesky(S, eye), size.sqrt()
+    return V / root, root * bmm(S, V.mT)
 
 
 def unit(size: Tensor) -> Tensor:
@@ -174,19 +171,20 @@ def unit(size: Tensor) -> Tensor:
     return size + (size == 0)
 
 
-def _inverse_of_cholesky(S: Tensor) -> Tensor:
+def _inverse_of_cholesky(S: Tensor, eye: Tensor) -> Tensor:
     """``L⁻¹`` of ``S = L·Lᵀ``; NaN where there is none."""
     r = S.shape[-1]
     if r <= LARGEST_AT_ONCE:
         L, _ = torch.linalg.cholesky_ex(S)
-        eye = torch.eye(r, dtype=S.dtype, device=S.device).expand_as(S)
-        return torch.linalg.solve_triangular(L, eye, upper=False)
+        return torch.linalg.solve_triangular(L, eye[:r, :r].expand_as(S), upper=False)
     half = r // 2
-    V_1 = _inverse_of_cholesky(S[:, :half, :half])
-    L_21 = S[:, half:, :half] @ V_1.mT
-    V_2 = _inverse_of_cholesky(S[:, half:, half:] - L_21 @ L_21.mT)
-    low = torch.cat([-(V_2 @ (L_21 @ V_1)), V_2], -1)
-    return torch.cat([torch.nn.functional.pad(V_1, (0, r - half)), low], -2)
+    V_1 = _inverse_of_cholesky(S[:, :half, :half], eye)
+    L_21 = bmm(S[:, half:, :half], V_1.mT)
+    V_2 = _inverse_of_cholesky(baddbmm(S[:, half:, half:], L_21, L_21.mT, alpha=-1), eye)
+    V = torch.zeros_like(S)
+    V[:, :half, :half], V[:, half:, half:] = V_1, V_2
+    V[:, half:, :half] = bmm(V_2, bmm(L_21, V_1)).neg_()
+    return V
 
 
 def solve_sylvester(P: Tensor, Q: Tensor, K: Tensor, inv_Q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,13 +214,12 @@ def solve_sylvester(P: Tensor, Q: Tensor, K: Tensor, inv_Q: Tensor, dtype: torch
     k = len(P)
     q = unit((trace(Q) / trace(inv_Q)).nan_to_num(0.0).sqrt())
     eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-    half = _inverse_of_cholesky(torch.cat([P / q, Q / q]) + eye)
-    middle = half.mT @ half  # (P/q + 1)⁻¹ and (Q/q + 1)⁻¹
-    size = unit(K.abs().amax((-2, -1), keepdim=True))
-    Y = (2 * (middle[:k] @ (K / size) @ middle[k:])).to(dtype)
-    U, V = (eye - 2 * middle).to(dtype).split(k)
+    half = _inverse_of_cholesky(torch.cat([P / q, Q / q]) + eye, eye)
+    middle = bmm(half.mT, half)  # (P/q + 1)⁻¹ and (Q/q + 1)⁻¹
+    size = K.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(K.dtype).tiny)
+    Y = bmm(bmm(middle[:k], K / size), middle[k:]).to(dtype)
+    UV = (eye - 2 * middle).to(dtype)
     for i in range(DOUBLINGS[dtype]):
-        Y = torch.baddbmm(Y, U @ Y, V)
-        if i + 1 < DOUBLINGS[dtype]:
-            U, V = U @ U, V @ V
-    return Y.double() * (size / q)
+        UV = bmm(UV, UV) if i else UV
+        Y = baddbmm(Y, bmm(UV[:k], Y), UV[k:])
+    return Y * (2 * size / q)

@@ -80,7 +80,8 @@ class AdamRule:
                 self.new_adam_state(p)
             for key in (EXP_AVG, EXP_AVG_SQ):
                 self.check_state(p, key, p.numel())
-        # The fused kernel goes through memory in order, whatever the strides.
+        # The fused kernel goes through memory in order, whatever the strides; it does not compile.
+        compiling = torch.compiler.is_compiling()
         where = [params, self.held(params, EXP_AVG), self.held(params, EXP_AVG_SQ)]
         values = [[t.contiguous() for t in held] for held in where]
         dense, m, v = values
@@ -91,7 +92,9 @@ class AdamRule:
             v,
             [],
             self.held(params, STEP),
-            fused=True,
+            fused=not compiling,
+            foreach=compiling,
+            capturable=compiling,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -212,23 +212,27 @@ class LoraProAdamW(TangentOptimizer):
 
         def direction(at: Point, M: Tangent, G: Tangent) -> Direction:
             rows, columns = squared_means(at, G)
-            rows = self._average(batches.B, ROWS, rows, beta2)
-            columns = self._average(batches.A, COLUMNS, columns, beta2)
+            of_A, of_B = [part.A for part in batches.parts], [part.B for part in batches.parts]
+            rows = self._average(batches, of_B, ROWS, rows, beta2)
+            columns = self._average(batches, of_A, COLUMNS, columns, beta2)
             root = (1 - beta2**t).sqrt()
             return factored_adam(at, M, rows, columns, root / (1 - beta1**t), group["eps"] * root)
 
         return direction
 
-    def _average(self, params: list[Tensor], key: str, new: Rows, beta: float) -> Rows:
-        """Moving averages, kept in the state."""
-        averages, first = [], 0
-        for x in new:
-            blocks = len(self.state[params[first]][key])
-            held = self.held(params[first : first + len(x) // blocks], key)
-            first += len(held)
-            averages.append(torch.cat(held).to(x.dtype).lerp(x, 1 - beta))
-            torch._foreach_copy_(held, averages[-1].split(blocks))
-        return averages
+    def _average(
+        self, batches: Batches, params: list[list[Tensor]], key: str, new: Rows, beta: float
+    ) -> Rows:
+        """Moving averages of what is kept of the parameters of every part."""
+        held = [self.held(of_part, key) for of_part in params]
+        dtype = held[0][0].dtype
+        values = [
+            v
+            for part, x in zip(batches.parts, new, strict=True)
+            for v in x.to(dtype).split(part.blocks)
+        ]
+        torch._foreach_lerp_([h for of_part in held for h in of_part], values, 1 - beta)
+        return [torch.cat(of_part).to(new[0].dtype) for of_part in held]
 
 
 def efficient_directions(

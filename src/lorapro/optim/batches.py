@@ -96,7 +96,8 @@ class Batches:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the long products: that of the factors, float32 at least."""
-        return torch.promote_types(self.A[0].dtype, torch.float32)
+        dtype = self.A[0].dtype
+        return dtype if dtype == torch.float64 else torch.float32
 
     def rows_A(self, read: Callable[[Tensor], Tensor]) -> Rows:
         """``read(A)`` of every pair as rows (k, r, n)."""

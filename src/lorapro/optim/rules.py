@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, baddbmm, bmm
 
 from lorapro.functional import Point
-from lorapro.gram import Rows, combine, inner, orthonormal, precise, trace, unit
+from lorapro.gram import Rows, combine, inner, orthonormal, precise, trace
 
 __all__ = ["Direction", "Tangent", "factored_adam", "gram", "muon", "polar", "squared_means"]
 
@@ -77,19 +77,19 @@ def muon(at: Point, M: Tangent, speed: Tensor) -> Direction:
     right, left = M.frame(at)
     R, L = (gram(rows, at) for rows in (right, left))
     r = at.S_A.shape[-1]
-    inside = R[:, :r, r:] @ at.inv_A.full  # M_A = inside·A + what is outside the rows of A
-    outside = R[:, :r, :r] - inside @ R[:, r:, :r]
+    inside = bmm(R[:, :r, r:], at.inv_A.full)  # M_A = inside·A + what is outside the rows of A
+    outside = baddbmm(R[:, :r, :r], inside, R[:, r:, :r], alpha=-1)
     grams = (outside, at.S_A, at.S_B, L[:, r:, r:])
     sizes = torch.cat([trace(G) for G in (R[:, :r, :r], *grams[1:])])
     V, roots = (T.chunk(4) for T in orthonormal(torch.cat(grams), sizes, at.dtype))
     core, to_left, to_right = (torch.zeros_like(R) for _ in range(3))
-    core[:, :r, :r] = roots[2].mT @ roots[0]
-    core[:, :r, r:] = roots[2].mT @ inside @ roots[1]
-    core[:, r:, r:] = roots[3].mT @ roots[1]
+    core[:, :r, :r] = bmm(roots[2].mT, roots[0])
+    core[:, :r, r:] = bmm(roots[2].mT, bmm(inside, roots[1]))
+    core[:, r:, r:] = bmm(roots[3].mT, roots[1])
     to_left[:, :r, :r], to_left[:, r:, r:] = V[2], V[3]
     to_right[:, :r, :r], to_right[:, r:, r:] = V[0], V[1]
-    to_right[:, :r, r:] = -V[0] @ inside
-    core = to_left.mT @ (speed * polar(core.to(at.dtype))) @ to_right
+    to_right[:, :r, r:] = -bmm(V[0], inside)
+    core = bmm(bmm(to_left.mT, speed * polar(core.to(at.dtype))), to_right)
     return Direction(left, right, core, L[:, :r], R[:, :, r:], L)
 
 
@@ -179,8 +179,9 @@ def polar(X: Tensor) -> Tensor:
     tensor([[[ 1.,  0.],
              [ 0., -1.]]])
     """
-    X = X / unit(torch.linalg.matrix_norm(X, keepdim=True))
+    size = torch.linalg.matrix_norm(X, keepdim=True)
+    X = X / size.clamp_min(torch.finfo(X.dtype).tiny)
     for a, b, c in SCHEDULE[X.dtype]:
-        S = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
+        S = bmm(X, X.mT)
+        X = baddbmm(X, baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
     return X

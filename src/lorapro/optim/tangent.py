@@ -23,10 +23,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, bmm
 
 from lorapro.functional import Point, align_at, point_at, shares, step_length
-from lorapro.gram import Rows, combine, inner, precise, trace, unit
+from lorapro.gram import Rows, combine, inner, precise, trace
 from lorapro.optim.adam_rule import STEP, AdamRule
 from lorapro.optim.base import PairOptimizer
 from lorapro.optim.batches import Batches, batches_of
@@ -152,15 +152,16 @@ def align_direction(
         moves: which of A and B are trained; the combination of the other is empty.
     """
     square = at.s**-2
-    to_A = at.s * (h.left_B @ h.core)  # s·Bᵀ·h = to_A·R
-    to_B = at.s * (h.core @ h.right_A).mT  # s·A·hᵀ = to_B·Lᵀ
+    to_A = at.s * bmm(h.left_B, h.core)  # s·Bᵀ·h = to_A·R
+    to_B = at.s * bmm(h.core, h.right_A).mT  # s·A·hᵀ = to_B·Lᵀ
     if isinstance(reach, Tensor) or reach:
-        at = at.damped(reach * step_length(at, to_B @ h.left_left @ to_B.mT))
-    d_A = [(square * (at.inv_B.full @ to_A), h.right)] if moves[0] else []
-    d_B = [(square * (at.inv_A.full @ to_B), h.left)] if moves[1] else []
+        at = at.damped(reach * step_length(at, bmm(bmm(to_B, h.left_left), to_B.mT)))
+    d_A = [(square * bmm(at.inv_B.full, to_A), h.right)] if moves[0] else []
+    d_B = [(square * bmm(at.inv_A.full, to_B), h.left)] if moves[1] else []
     if all(moves):
-        weight = unit((at.s * trace(at.S_A) / at.S_A.shape[-1]).square())
-        X, C = shares(at, to_A @ h.right_A, x, weight)
+        mean = (at.s * trace(at.S_A) / at.S_A.shape[-1]).square()
+        weight = mean.clamp_min(torch.finfo(mean.dtype).tiny)
+        X, C = shares(at, bmm(to_A, h.right_A), x, weight)
         d_A += [] if X is None else [(square * X, at.A)]
         d_B += [(-square * C.mT, at.B)]
     return d_A, d_B
@@ -173,17 +174,11 @@ def transport(old: Point, M: Tangent, new: Point) -> Tangent:
 
         M_A' = S_B'⁻¹ B'ᵀ M          M_B' = (I − P_B') M A'ᵀ S_A'⁻¹       M = B·M_A + M_B·A
     """
-    A, B = new.exact_A, new.exact_B
-    sums = inner((B, old.exact_B), (B, precise(M.B)), (precise(M.A), A), (old.exact_A, A))
-    BB, BM, MA, AA = new.total(sums).chunk(4)
-    inv_A, inv_B = new.inv_A.full, new.inv_B.full
-    first, second = inv_B @ BB, inv_B @ BM
-    to_old, to_M = MA @ inv_A, AA @ inv_A
-    inside = first @ to_old + second @ to_M
-    return Tangent(
-        combine((first, M.A), (second, old.A)),
-        combine((to_old.mT, old.B), (to_M.mT, M.B), (-inside.mT, new.B)),
-    )
+    right, left = M.frame(old)  # M = left·right
+    to_A = new.total(inner((precise(right), new.exact_A)))  # (2r, r), of M·A'ᵀ
+    to_B = new.total(inner((new.exact_B, precise(left))))  # (r, 2r), of B'ᵀ·M
+    to_A, to_B = bmm(to_A, new.inv_A.full), bmm(new.inv_B.full, to_B)
+    return Tangent(combine((to_B, right)), combine((to_A.mT, left), (-bmm(to_B, to_A).mT, new.B)))
 
 
 def store(held: list[Tensor], values: list[Tensor]) -> None:

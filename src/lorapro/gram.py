@@ -68,6 +68,8 @@ def inner(*pairs: tuple[Rows, Rows]) -> Tensor:
 def combine(*terms: tuple[Tensor, Rows], onto: Rows | None = None) -> Rows:
     """``onto + Σ C·X`` for small matrices C (k, p, q) and rows X (kᵢ, q, nᵢ), as precise as rows.
 
+    ``onto`` is added to in place.
+
     >>> combine((torch.full((1, 1, 1), 2.0), [torch.ones(1, 1, 2)]))[0]
     tensor([[[2., 2.]]])
     """
@@ -82,8 +84,8 @@ def _product(C: Tensor, X: Tensor, onto: Tensor | None) -> Tensor:
     """``onto + C·X``. Rows of a transpose stay one, so that directions of B lie as B does."""
     if X.stride(-2) == 1:
         X, C = X.mT, C.mT
-        return (bmm(X, C) if onto is None else baddbmm(onto.mT, X, C)).mT
-    return bmm(C, X) if onto is None else baddbmm(onto, C, X)
+        return (bmm(X, C) if onto is None else onto.mT.baddbmm_(X, C)).mT
+    return bmm(C, X) if onto is None else onto.baddbmm_(C, X)
 
 
 def trace(S: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Shape letters: k pairs of a part; m, n rows and columns of W; r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,10 @@ from lorapro.functional import Point, point_at
 from lorapro.gram import Rows
 
 __all__ = ["Batches", "batches_of"]
+
+# On a CPU, numbers in the larger factor above which pairs of one shape are two parts: their copies
+# then stay below the 32 MiB up to which the C library keeps freed memory instead of faulting it in.
+MOST_IN_A_PART = 1 << 21
 
 
 @dataclass
@@ -39,28 +43,43 @@ class Part:
         return len(self.A) * self.blocks
 
     @property
+    def is_full(self) -> bool:
+        """Whether another pair of this shape begins a part of its own."""
+        largest = max(self.A[0].numel(), self.B[0].numel())
+        return self.A[0].device.type == "cpu" and largest * (len(self.A) + 1) > MOST_IN_A_PART
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the adapted weights."""
         m, n = self.B[0].numel(), self.A[0].numel()
         rank = as_A(self.A[0], self.layout, self.blocks).shape[-2]
         return m // (rank * self.blocks), n // (rank * self.blocks)
 
-    def stack_A(self, like_A: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    def stack_A(self, like_A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """A-like tensors as (k, r, n)."""
+        if self.layout == "matrix" and like_A[0].dim() == 2:
+            return torch.stack(list(like_A)).to(dtype)
         return torch.cat([as_A(t, self.layout, self.blocks) for t in like_A]).to(dtype)
 
-    def stack_B(self, like_B: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    def stack_B(self, like_B: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """B-like tensors as rows of their transpose, (k, r, m)."""
+        if self.layout == "matrix" and like_B[0].dim() == 2:
+            return torch.stack(list(like_B)).to(dtype).mT
         return torch.cat([as_B(t, self.layout, self.blocks) for t in like_B]).to(dtype).mT
 
-    def unstack_A(self, X: Tensor) -> list[Tensor]:
+    def unstack_A(self, X: Tensor) -> Sequence[Tensor]:
         """(k, r, n) as tensors like the stored A."""
-        parts = X.to(self.A[0].dtype).split(self.blocks)
-        return [from_A(x, like) for x, like in zip(parts, self.A, strict=True)]
+        X = X.to(self.A[0].dtype)
+        if self.layout == "matrix" and self.A[0].dim() == 2:
+            return X.unbind()
+        return [from_A(x, like) for x, like in zip(X.split(self.blocks), self.A, strict=True)]
 
-    def unstack_B(self, X: Tensor) -> list[Tensor]:
+    def unstack_B(self, X: Tensor) -> Sequence[Tensor]:
         """(k, r, m) as tensors like the stored B."""
-        parts = X.mT.to(self.B[0].dtype).split(self.blocks)
+        X = X.mT.to(self.B[0].dtype)
+        if self.layout == "matrix" and self.B[0].dim() == 2:
+            return X.unbind()
+        parts = X.split(self.blocks)
         return [from_B(x, like, self.layout) for x, like in zip(parts, self.B, strict=True)]
 
 
@@ -101,11 +120,11 @@ class Batches:
 
     def rows_A(self, read: Callable[[Tensor], Tensor]) -> Rows:
         """``read(A)`` of every pair as rows (k, r, n)."""
-        return [part.stack_A(map(read, part.A), self.dtype) for part in self.parts]
+        return [part.stack_A([read(p) for p in part.A], self.dtype) for part in self.parts]
 
     def rows_B(self, read: Callable[[Tensor], Tensor]) -> Rows:
         """``read(B)`` of every pair as rows (k, r, m)."""
-        return [part.stack_B(map(read, part.B), self.dtype) for part in self.parts]
+        return [part.stack_B([read(p) for p in part.B], self.dtype) for part in self.parts]
 
     def gradients(self) -> tuple[Rows | None, Rows | None]:
         """Gradients of A and of B as rows, ``None`` where there is none."""
@@ -117,7 +136,8 @@ class Batches:
     def point(self) -> Point:
         """The factors."""
         s = self.per_pair([s for part in self.parts for s in part.scalings for _ in _of(part)])
-        return point_at(self.rows_A(_value), self.rows_B(_value), s)
+        A = [part.stack_A(part.A, self.dtype) for part in self.parts]
+        return point_at(A, [part.stack_B(part.B, self.dtype) for part in self.parts], s)
 
     def per_pair(self, values: Sequence[float]) -> Tensor:
         """A number for every pair of matrices, (k, 1, 1) in float64."""
@@ -158,27 +178,23 @@ def batches_of(pairs: Sequence[LoraPair], params: Sequence[Tensor]) -> list[Batc
         params: their parameters ``[A0, B0, A1, B1, …]``; a group's own list, since frameworks
             exchange the parameters of a group for others.
     """
-    found: dict[tuple[object, ...], dict[tuple[object, ...], Part]] = {}
+    found: dict[tuple[object, ...], tuple[Batches, dict[object, Part]]] = {}
     for pair, A, B in zip(pairs, params[::2], params[1::2], strict=True):
         moves = A.grad is not None, B.grad is not None
         if not any(moves):
             continue
         rank = A.shape[0] // (1 if pair.layout == "matrix" else pair.blocks)
         together = rank, A.dtype, B.dtype, A.device, moves
+        batches, open_parts = found.setdefault(together, (Batches([], *moves), {}))
         alike = pair.layout, pair.blocks, A.shape, B.shape
-        parts = found.setdefault(together, {})
-        part = parts.setdefault(alike, Part(pair.layout, pair.blocks))
+        part = open_parts.get(alike)
+        if part is None or part.is_full:
+            part = open_parts[alike] = Part(pair.layout, pair.blocks)
+            batches.parts.append(part)
         part.A.append(A)
         part.B.append(B)
         part.scalings.append(pair.scaling)
-    return [
-        Batches(list(parts.values()), *key[-1])  # type: ignore[misc]
-        for key, parts in found.items()
-    ]
-
-
-def _value(p: Tensor) -> Tensor:
-    return p.detach()
+    return [batches for batches, _ in found.values()]
 
 
 def _gradient(p: Tensor) -> Tensor:

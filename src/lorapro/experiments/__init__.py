@@ -12,6 +12,7 @@ module             subject
 ``tasks``          what to train on: one entry a task, one class a family of tasks
 ``toys``           tiny random models and written data: any recipe offline, in a minute
 ``metrics``        scores of predictions, scikit-learn's
+``scoring``        generated answers: GSM8K, HumanEval in a sandbox, MT-Bench, lm-eval
 ``data``           rows of a file, a folder, an asset or a hub data set
 ``assets``         models and data that lie inside packages
 ``model_building`` from a task and a method to the model that is trained

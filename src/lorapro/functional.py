@@ -195,10 +195,10 @@ def align_at(
             None if grad_B is None else at.inv_A(grad_B, square),
         )
     X, C = shares(at, at.total(inner((precise(grad_A), at.exact_A))), x)
-    d_B = at.inv_A(grad_B, square, onto=combine((-square * C.mT, at.B)))
+    d_B = at.inv_A(grad_B, square, (-square * C.mT, at.B))
     if X is None:
         return at.inv_B(grad_A, square), d_B
-    return at.inv_B(grad_A, square, onto=combine((square * X, at.A))), d_B
+    return at.inv_B(grad_A, square, (square * X, at.A)), d_B
 
 
 def shares(

@@ -68,24 +68,29 @@ def inner(*pairs: tuple[Rows, Rows]) -> Tensor:
 def combine(*terms: tuple[Tensor, Rows], onto: Rows | None = None) -> Rows:
     """``onto + Σ C·X`` for small matrices C (k, p, q) and rows X (kᵢ, q, nᵢ), as precise as rows.
 
-    ``onto`` is added to in place.
-
     >>> combine((torch.full((1, 1, 1), 2.0), [torch.ones(1, 1, 2)]))[0]
     tensor([[[2., 2.]]])
     """
     total: list[Tensor | None] = [None] * len(terms[0][1]) if onto is None else list(onto)
-    for C, X in terms:
+    for i, (C, X) in enumerate(terms):
         parts = C.to(X[0].dtype).split([len(x) for x in X])
-        total = [_product(c, x, t) for c, x, t in zip(parts, X, total, strict=True)]
+        total = [_product(c, x, t, own=i > 0) for c, x, t in zip(parts, X, total, strict=True)]
     return total  # type: ignore[return-value]
 
 
-def _product(C: Tensor, X: Tensor, onto: Tensor | None) -> Tensor:
+def _product(C: Tensor, X: Tensor, onto: Tensor | None, own: bool) -> Tensor:
     """``onto + C·X``. Rows of a transpose stay one, so that directions of B lie as B does."""
     if X.stride(-2) == 1:
         X, C = X.mT, C.mT
-        return (bmm(X, C) if onto is None else onto.mT.baddbmm_(X, C)).mT
-    return bmm(C, X) if onto is None else onto.baddbmm_(C, X)
+        return _sum(X, C, None if onto is None else onto.mT, own).mT
+    return _sum(C, X, onto, own)
+
+
+def _sum(X: Tensor, Y: Tensor, onto: Tensor | None, own: bool) -> Tensor:
+    """``onto + X·Y``, in the memory of ``onto`` if that is our own."""
+    if onto is None:
+        return bmm(X, Y)
+    return onto.baddbmm_(X, Y) if own else baddbmm(onto, X, Y)
 
 
 def trace(S: Tensor) -> Tensor:
@@ -108,9 +113,9 @@ class Inverse(NamedTuple):
     E: Tensor
     full: Tensor
 
-    def __call__(self, X: Rows, scale: Tensor, onto: Rows | None = None) -> Rows:
-        """``onto + scale·S⁻¹·X`` for rows X; ``scale`` is (k, 1, 1)."""
-        return combine((scale * self.V.mT, combine((self.E, X))), onto=onto)
+    def __call__(self, X: Rows, scale: Tensor, *more: tuple[Tensor, Rows]) -> Rows:
+        """``scale·S⁻¹·X`` for rows X, and ``more`` terms; ``scale`` is (k, 1, 1)."""
+        return combine(*more, (scale * self.V.mT, combine((self.E, X))))
 
 
 def inverse(S: Tensor, dtype: torch.dtype) -> Inverse:

@@ -110,9 +110,9 @@ def tangent_step(
 
 
 def shrunk(X: Rows, lr: float | Tensor, decay: float) -> Rows:
-    """``√(1 − γλ)·X``, a copy: both factors so, and their product decays by ``1 − γλ``."""
+    """``√(1 − γλ)·X``: both factors so, and their product decays by ``1 − γλ``."""
     if not decay:
-        return [x.mT.clone().mT if x.stride(-2) == 1 else x.clone() for x in X]
+        return X
     keep = 1 - lr * decay
     keep = keep.clamp_min(0.0) if isinstance(keep, Tensor) else max(keep, 0.0)
     return [keep**0.5 * x for x in X]

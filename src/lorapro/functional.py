@@ -29,7 +29,6 @@ from lorapro.choices import check_choice
 from lorapro.gram import (
     Inverse,
     Rows,
-    combine,
     inner,
     inverse,
     precise,

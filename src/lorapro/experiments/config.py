@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorapro.experiments import methods, tasks
 from lorapro.experiments.data import content_digest
-from lorapro.experiments.errors import UserError, nearest_hint
+from lorapro.experiments.errors import UserError, check_name, nearest_hint
 from lorapro.experiments.options import RunOptions, check_options, union
 from lorapro.experiments.tasks import catalogue
 from lorapro.experiments.yaml_file import read_yaml
@@ -209,6 +209,13 @@ def _parser() -> Any:
     return parser
 
 
+@functools.cache
+def _takes_lists(key: str) -> bool:
+    """Whether a key's value may be a list."""
+    actions = {action.dest: action for action in _parser()._actions}
+    return key not in actions or actions[key].nargs in ("+", "*")
+
+
 def _as_flags(values: Mapping[str, Any]) -> list[str]:
     """Write a mapping as flags, so that YAML values get the types and checks flags get."""
     flags: list[str] = []
@@ -222,6 +229,8 @@ def _as_flags(values: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, list | tuple):
             if not value:
                 raise UserError(f"{key} is an empty list; leave the key out or give it a value")
+            if not _takes_lists(key):
+                raise UserError(f"{key} takes one value, found {list(value)}")
             flags += [f"--{key}", *map(str, value)]
         else:
             flags.append(f"--{key}={value}")
@@ -306,7 +315,9 @@ _LEAST = {
     "seed": 0,
     "warmup_steps": 0,
 }
-_NOT_NEGATIVE = ("max_grad_norm", "weight_decay", "adam_epsilon", "label_smoothing_factor")
+_NOT_NEGATIVE = ("max_grad_norm", "weight_decay", "adam_epsilon")
+_POSITIVE = ("eval_steps", "logging_steps", "save_steps")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 
 def _check_training(given: Mapping[str, Any], rate: float) -> None:
@@ -325,26 +336,29 @@ def _check_training(given: Mapping[str, Any], rate: float) -> None:
         raise UserError(
             f"num_train_epochs must be positive and finite, found {given['num_train_epochs']:g}"
         )
-    for key in ("adam_beta1", "adam_beta2"):
+    for key in _POSITIVE:
+        if not 0 < given.get(key, 1) < math.inf:
+            raise UserError(f"{key} must be positive and finite, found {given[key]:g}")
+    for key in _BELOW_ONE:
         if not 0 <= given.get(key, 0) < 1:
             raise UserError(f"{key} must lie in [0, 1), found {given[key]:g}")
     _check_trackers(given.get("report_to", "none"))
 
 
 def _check_trackers(value: Any) -> None:
-    """Refuse a tracker whose package is not installed, which Trainer would only find at the end."""
-    import importlib.util
+    """Refuse a tracker that is unknown or not installed, which Trainer would find too late."""
+    names = [value] if isinstance(value, str) else list(value)
+    if set(names) <= {"none", "all"}:
+        return
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-    for name in [value] if isinstance(value, str) else value:
-        package = packages.get(name)
-        if package is None:
-            continue
-        names = (package, "tensorboardX") if package == "tensorboard" else (package,)
-        if not any(importlib.util.find_spec(module) for module in names):
+    available = get_available_reporting_integrations()
+    for name in names:
+        check_name("report_to", name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
+        if name not in (*available, "none", "all"):
             raise UserError(
-                f"report_to {name!r} needs the package {package!r}, which is not installed; "
-                f"run: pip install {package}"
+                f"report_to {name!r} needs a package that is not installed; run: pip install {name}"
             )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lorapro.experiments.errors import UserError
+from lorapro.experiments.errors import UserError, check_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +56,9 @@ def add_adapter(model: Any, config: RunConfig, family: Family) -> Any:
     adapter, options = config.method.adapter, config.adapter
     assert adapter.config is not None
     in_full = list(options.modules_to_save or [])
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for name in in_full:
+        check_name("module in modules_to_save:", name.rpartition(".")[2], names)
     if family.head is not None and family.head not in in_full:
         in_full.append(family.head)
     more = {
@@ -69,7 +72,7 @@ def add_adapter(model: Any, config: RunConfig, family: Family) -> Any:
         check_rank(model, config)
         reason = " ".join(str(error).split())
         raise UserError(f"cannot add the adapter: {_shortened(reason)}") from error
-    check_ranks(made)
+    check_ranks(made, options.rank)
     for peft_config in made.peft_config.values():  # and not a path in this machine's cache
         peft_config.base_model_name_or_path = base_name(family)
     return made
@@ -90,16 +93,20 @@ def check_rank(model: nn.Module, config: RunConfig) -> None:
         )
 
 
-def check_ranks(model: nn.Module) -> None:
-    """Raise for the first pair whose rank exceeds what its weight can have."""
+def check_ranks(model: nn.Module, wanted: int) -> None:
+    """Raise for the first pair whose rank exceeds what its weight can have.
+
+    Starts by SVD make pairs of a smaller rank than was ``wanted`` without a word.
+    """
     from lorapro.factors import find_pairs
 
     found = find_pairs(model)
     for pair in found.pairs:
         m, n = pair.shape
-        if pair.rank > min(m, n):
+        rank = max(pair.rank, wanted)
+        if rank > min(m, n):
             raise UserError(
-                f"rank {pair.rank} is above min(m, n) = {min(m, n)} of {pair.name} "
+                f"rank {rank} is above min(m, n) = {min(m, n)} of {pair.name} "
                 f"({m} x {n}); lower 'rank' or leave the layer out with exclude_modules"
             )
     if not found.pairs and not found.unaligned:

@@ -114,6 +114,8 @@ class RunOptions:
 def check_options(options: Any) -> None:
     """Check every value of an options dataclass against what its keys were declared with.
 
+    A dataclass that declares keys which must fit one another has a method ``check`` for that.
+
     Raises:
         UserError: naming the first key that is out of range, and the range.
 
@@ -137,6 +139,8 @@ def check_options(options: Any) -> None:
             raise UserError(f"{item.name} must be above {rule['above']:g}, found {value:g}")
         if rule.get("below") is not None and value >= rule["below"]:
             raise UserError(f"{item.name} must be below {rule['below']:g}, found {value:g}")
+    if hasattr(options, "check"):
+        options.check()
 
 
 def union(classes: Iterable[type]) -> type:

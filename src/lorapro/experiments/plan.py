@@ -160,6 +160,9 @@ def load_comparison(
     for key in ("method", "learning_rate", "seed"):
         if key in values:
             raise UserError(f"{key!r} belongs under 'methods' and 'seeds' in a comparison")
+    for name, chosen in ours.items():
+        if not chosen:
+            raise UserError(f"--{name} needs a value")
     toy = _boolean("toy", ours.get("toy", ["false"]))
     values.setdefault("disable_tqdm", True)
     values.setdefault("save_full_model", False)
@@ -179,7 +182,9 @@ def load_comparison(
     cells = _cells(where, base, columns, rows, points, toy)
     unread = _unread({**base, **{k: v for point in points for k, v in point.items()}}, cells)
     paper, described = _paper(own)
-    title = str(own.get("title", ""))
+    title = own.get("title") or ""
+    if not isinstance(title, str):
+        raise UserError(f"title must be a line of text, found {title!r}")
     comparison = Comparison(
         str(path), where, cells, seeds, strategy, title, paper, described, toy, unread
     )
@@ -206,7 +211,7 @@ def _take_flags(flags: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def _boolean(name: str, values: list[str]) -> bool:
-    value = values[-1].lower() if values else "true"
+    value = values[-1].lower()
     if value not in ("true", "false", "1", "0", "yes", "no"):
         raise UserError(f"--{name} must be true or false, found {value!r}")
     return value in ("true", "1", "yes")
@@ -218,7 +223,7 @@ Rows = dict[str, tuple[tuple[float, ...] | None, dict[str, Any]]]
 
 def _rows(path: Any, given: Any, chosen: list[str] | None) -> Rows:
     if isinstance(given, list):
-        given = dict.fromkeys(map(str, given))
+        given = _once("methods", given)
     if not isinstance(given, dict) or not given:
         raise UserError(f"{path} has no 'methods' (a mapping from method to learning rates)")
     given = {str(label): value for label, value in given.items()}
@@ -232,6 +237,13 @@ def _rows(path: Any, given: Any, chosen: list[str] | None) -> Rows:
                     check_name("method", label, known)
         given = {label: given.get(label) for label in chosen}
     return {label: _row(label, value) for label, value in given.items()}
+
+
+def _once(kind: str, names: list[Any]) -> dict[str, Any]:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{kind} names {name!r} more than once; keep one of them")
+    return dict.fromkeys(map(str, names))
 
 
 def _row(label: str, value: Any) -> tuple[tuple[float, ...] | None, dict[str, Any]]:
@@ -249,6 +261,8 @@ def _check_label(kind: str, label: str) -> None:
 
 def _rates(label: str, value: Any) -> tuple[float, ...] | None:
     values = value if isinstance(value, list) else [value]
+    if not values:
+        raise UserError(f"methods: {label}: learning_rate is an empty list")
     try:
         rates = tuple(sorted({float(v) for v in values if v is not None}))
     except (TypeError, ValueError):
@@ -271,7 +285,7 @@ def _columns(
     if "task" in base:
         raise UserError("give 'task' or 'tasks', not both")
     if isinstance(given, list) or given is None:
-        given = dict.fromkeys(map(str, given or []))
+        given = _once("tasks", given or [])
     if not isinstance(given, dict) or not (given or chosen):
         raise UserError("tasks must be a list of tasks, or a mapping from label to further keys")
     if chosen is not None:

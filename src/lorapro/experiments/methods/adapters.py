@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorapro.experiments.errors import UserError
 from lorapro.experiments.options import NoOptions, option
 
 if TYPE_CHECKING:
@@ -52,6 +53,14 @@ class AdaLoraOptions(LoraOptions):
         "AdaLoRA: allocate ranks; false leaves every rank at adalora_init_rank, as in the code "
         "behind LoRA-GA's tables",
     )
+
+    def check(self) -> None:
+        """Ranks are cut, never raised."""
+        if self.adalora_init_rank < self.rank:
+            raise UserError(
+                f"adalora_init_rank must be at least rank, {self.rank}, found "
+                f"{self.adalora_init_rank}: AdaLoRA cuts ranks down to it"
+            )
 
 
 Maker = Callable[[Any, Mapping[str, Any], int], "PeftConfig"]

@@ -145,9 +145,8 @@ def find_method(name: str) -> Method:
 
 def _nearest(name: str, known: list[str]) -> str:
     """Hint for a mistyped name, part by part where it has several."""
-    hint = nearest_hint(name, known)
-    if hint or "+" not in name:
-        return hint
+    if "+" not in name.strip("+"):
+        return nearest_hint(name, known)
     wrong = [part for part in name.split("+") if part not in _PARTS]
     return nearest_hint(wrong[0], _PARTS) if wrong else ""
 

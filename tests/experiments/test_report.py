@@ -134,7 +134,7 @@ def test_many_comparisons_make_a_tie_of_what_alone_is_none(tmp_path):
     assert row.versus["lora"].interval.excludes_zero
     assert (row.versus["lora"].verdict, row.versus["lora"].alone) == ("tie", True)
     said = verdict(found, row)
-    assert "A tie with tuned lora once 11 comparisons are allowed for" in said
+    assert "A tie with lora once 11 comparisons are allowed for" in said
     assert "alone it would be better" in said
 
 
@@ -354,8 +354,41 @@ def test_over_all_problems_verdicts_are_counted(tmp_path):
     assert (row["problems"], row["better"], row["ties"]) == ("2", "1", "1")
     assert row["P(better than lora)"].startswith("0.7")
     said = lead(report.comparisons)
-    assert said[0] == "Better than tuned lora on a: dora."
+    assert said[0] == "Better than lora on a: dora."
     assert said[1] == "Everything else (one comparison) is a tie."
+
+
+def test_scaled_scores_go_from_the_untrained_row_to_full_fine_tuning(tmp_path):
+    accuracies = {
+        "a": {"zero-shot": 0.2, "full": 0.8, "lora": 0.5, "dora": 0.8},
+        "b": {"zero-shot": 0.4, "full": 0.6, "lora": 0.44, "dora": 0.6},
+        "c": {"full": 0.6, "lora": 0.45, "dora": 0.1},  # without an untrained row: not in it
+    }
+    for task, values in accuracies.items():
+        for label, value in values.items():
+            for seed in range(4):
+                write_run(tmp_path, label, 1e-3, seed, task=task, test=None, accuracy=value)
+    by_label = cells(across_table(Report(read_results(tmp_path)).comparisons))
+    assert by_label["lora"]["IQM"].startswith("0.35 (")  # the middle half of 4 x 0.5, 4 x 0.2
+    assert by_label["dora"]["IQM"] == "1.00 (1.00 to 1.00)"
+    assert by_label["zero-shot"]["IQM"] == "0.00 (0.00 to 0.00)"
+
+
+def test_without_lora_the_first_adapter_is_what_others_are_compared_with(tmp_path):
+    for label in ("full", "zero", "sylvester"):
+        for seed in (0, 1):
+            write_run(tmp_path, label, 1e-3, seed, test=0.5 + 0.1 * seed)
+    write_plan(tmp_path, ["full", "zero", "sylvester"])
+    assert comparison(tmp_path).baseline == "zero"
+
+
+def test_tuned_is_said_of_what_was_tuned(tmp_path):
+    for rate in (1e-3, 2e-3):
+        write_run(tmp_path, "lora", rate, 0)
+    write_run(tmp_path, "dora", 1e-3, 0)
+    found = comparison(tmp_path)
+    assert found.baseline_name == "tuned lora"
+    assert comparison(tmp_path, baseline="dora").baseline_name == "dora"
 
 
 # Figures and files
@@ -418,7 +451,7 @@ def test_what_a_comparison_leaves_in_its_folder(tmp_path):
     out = io.StringIO()
     report_comparison(root, Console(file=out, width=80))
     said = out.getvalue()
-    assert "lora-pro: Better than tuned lora" in said
+    assert "lora-pro: Better than lora" in said
     assert f"Adapter of lora: {root}/runs/tweets/lora/lr-0.001/seed-0/adapter" in said
     assert json.loads((root / "results.json").read_text())["runs"]
     assert "| lora-pro | 0.001 |" in (root / "table.md").read_text()
@@ -430,7 +463,7 @@ def test_the_command(tmp_path, capsys):
     page, text, folder = tmp_path / "r.html", tmp_path / "r.md", tmp_path / "figures"
     assert main(["report", str(root), "--output", str(page), "--figures", str(folder)]) == 0
     assert main(["report", str(root), "--output", str(text), "--compact", str(tmp_path / "c")]) == 0
-    assert "lora-pro: Better than tuned lora" in capsys.readouterr().out
+    assert "lora-pro: Better than lora" in capsys.readouterr().out
     assert "## Verdicts" in text.read_text()
     assert len(read_results(tmp_path / "c").runs) == 25
     drawn = {p.name: p.read_bytes()[:8] for p in folder.iterdir()}

@@ -105,6 +105,12 @@ class Comparison:
         return next((row for row in self.rows if row.label == label), None)
 
     @property
+    def baseline_name(self) -> str:
+        """The baseline for people: ``"tuned lora"`` where several rates of it were tried."""
+        row = self.row(self.baseline)
+        return ("tuned " if row is not None and len(row.rates) > 1 else "") + self.baseline
+
+    @property
     def seeds(self) -> list[int]:
         """All seeds of the chosen runs."""
         return sorted({seed for row in self.rows for seed in row.values})
@@ -166,7 +172,7 @@ def compare(
         problem: what is compared.
         measure: a column, ``"test_loss"`` for one; default: :func:`default_measure`.
         baseline: the row that every other is compared with; default: ``lora``, else the first row
-            whose method that is.
+            whose method that is, else the first that is not full fine-tuning.
         rival: a second one.
         target: the row that a gap from ``baseline`` leads to; ``"better"``: of the rows of full
             fine-tuning the one with the best validation loss.
@@ -211,9 +217,10 @@ def _row(label: str, runs: pd.DataFrame, measure: str) -> Row:
 
 
 def _baseline(found: Comparison) -> str:
-    if found.row(BASELINE) is not None:
-        return BASELINE
-    return next((row.label for row in found.rows if row.method == BASELINE), BASELINE)
+    names = [row.label for row in found.rows if row.label == BASELINE]
+    names += [row.label for row in found.rows if row.method == BASELINE]
+    names += [row.label for row in found.rows if not row.method.startswith("full")]
+    return next(iter(names), BASELINE)
 
 
 def _target(found: Comparison, target: str) -> str:

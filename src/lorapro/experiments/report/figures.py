@@ -224,7 +224,7 @@ def difference_figure(found: Comparison) -> FigurePanels | None:
     wide = "; wide: 95 % of resampled seeds and items" if boot else ""
     return FigurePanels(
         "differences",
-        f"Difference from tuned {baseline}",
+        f"Difference from {found.baseline_name}",
         f"Mean over seeds, line: 95 % t-interval over seeds{wide}. Intervals are not corrected for "
         "many comparisons, the colours are.",
         [

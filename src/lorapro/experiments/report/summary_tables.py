@@ -54,7 +54,7 @@ def across_table(comparisons: Sequence[Comparison]) -> Table | None:
     header = ["method", "problems", "better", "ties", "worse", "one seed"]
     header += [f"P(better than {baseline})", "IQM"]
     notes = [
-        f"better, ties, worse: against tuned {baseline}, as in the tables of each problem. P: "
+        f"better, ties, worse: against {baseline}, as in the tables of each problem. P: "
         f"chance that a run beats one of {baseline}'s, mean over problems, with a 95 % interval "
         "from runs resampled within each problem."
     ]

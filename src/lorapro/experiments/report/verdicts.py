@@ -42,10 +42,8 @@ def verdict(found: Comparison, row: Row) -> str:
     versus = row.versus.get(found.baseline)
     if versus is None:
         return f"{name.capitalize()} {value}; there is no {found.baseline} to compare it with."
-    parts = [_against(found.measure, versus, full=True)]
-    parts += [
-        _against(found.measure, v, full=False) for o, v in row.versus.items() if o != found.baseline
-    ]
+    parts = [_against(found, versus)]
+    parts += [_against(found, v) for other, v in row.versus.items() if other != found.baseline]
     if row.share is not None:
         low, high = (f"{100 * end:.0f}" for end in (row.share.low, row.share.high))
         parts.append(
@@ -56,8 +54,9 @@ def verdict(found: Comparison, row: Row) -> str:
     return " ".join(parts)
 
 
-def _against(measure: str, versus: Versus, *, full: bool) -> str:
-    name, other = measure_name(measure), versus.other
+def _against(found: Comparison, versus: Versus) -> str:
+    measure, other = found.measure, versus.other
+    name = measure_name(measure)
     if versus.interval is None:
         size = signed(measure, versus.size)
         text = f"One seed: {name} {size} from {other}'s, without its noise no verdict."
@@ -67,14 +66,15 @@ def _against(measure: str, versus: Versus, *, full: bool) -> str:
         return text
     size = with_interval(measure, versus.interval)
     words = {BETTER: "Better than", WORSE: "Worse than", TIE: "A tie with"}[versus.verdict]
-    tuned = f"tuned {other}" if full else other
+    main = other == found.baseline
+    tuned = found.baseline_name if main else other
     if versus.alone:
         side = "better" if (versus.size < 0) == is_loss(measure) else "worse"
         return (
             f"A tie with {tuned} once {count(versus.family, 'comparison')} are allowed for "
             f"(p = {p_text(versus.holm)}); alone it would be {side}: {name} {size}."
         )
-    if not full:
+    if not main:
         return f"{words} {tuned} ({size})."
     return f"{words} {tuned}: {name} {size} over {count(versus.seeds, 'seed')}."
 
@@ -83,7 +83,7 @@ def many_verdict(comparisons: list[Comparison], label: str) -> str:
     """One row over several problems."""
     by_verdict: dict[str, list[str]] = {}
     alone = []
-    baseline = listed(list(dict.fromkeys(found.baseline for found in comparisons)))
+    baseline = listed(list(dict.fromkeys(found.baseline_name for found in comparisons)))
     for found in comparisons:
         row = found.row(label)
         versus = row.versus.get(found.baseline) if row is not None else None
@@ -95,9 +95,9 @@ def many_verdict(comparisons: list[Comparison], label: str) -> str:
             side = "better" if (versus.size < 0) == is_loss(found.measure) else "worse"
             alone.append(f"{side} on {found.problem.name}")
     words = {
-        BETTER: "better than tuned {} on",
-        WORSE: "worse than tuned {} on",
-        TIE: "a tie with tuned {} on",
+        BETTER: "better than {} on",
+        WORSE: "worse than {} on",
+        TIE: "a tie with {} on",
         ONE_SEED: "one seed, so no verdict, on",
     }
     parts = [
@@ -122,7 +122,7 @@ def _short(measure: str, versus: Versus) -> str:
 def lead(comparisons: Sequence[Comparison]) -> list[str]:
     """The whole in a few sentences: who is better or worse than the baseline anywhere; the gaps."""
     several = len(comparisons) > 1
-    baseline = listed(list(dict.fromkeys(found.baseline for found in comparisons)))
+    baseline = listed(list(dict.fromkeys(found.baseline_name for found in comparisons)))
     lines = []
     ties = one_seed = 0
     for kind in (BETTER, WORSE):
@@ -135,7 +135,7 @@ def lead(comparisons: Sequence[Comparison]) -> list[str]:
             if labels := [label for label, said in verdicts if said == kind]:
                 where = f" on {found.problem.name}" if several else ""
                 lines.append(
-                    f"{kind.capitalize()} than tuned {found.baseline}{where}: {listed(labels)}."
+                    f"{kind.capitalize()} than {found.baseline_name}{where}: {listed(labels)}."
                 )
             if kind == BETTER:
                 ties += sum(said == TIE for _, said in verdicts)
@@ -143,8 +143,8 @@ def lead(comparisons: Sequence[Comparison]) -> list[str]:
     if ties and not lines:
         everywhere = " on every problem" if several else ""
         lines.append(
-            f"{'Every method ties' if ties > 1 else 'It ties'} with tuned {baseline}{everywhere}: "
-            "no difference is beyond noise once all comparisons are allowed for."
+            f"Every method ties with {baseline}{everywhere}: no difference is beyond noise once "
+            "all comparisons are allowed for."
         )
     elif ties:
         lines.append(f"Everything else ({count(ties, 'comparison')}) is a tie.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -201,22 +201,29 @@ def report_comparison(folder: Path, console: Console) -> None:
 
 
 def print_tables(report: Report, console: Console) -> None:
-    """Print each problem's table of quality and of cost, and what is to be read under them."""
+    """Print tables over all problems, each one's of quality and cost, and the verdicts."""
     wide = console if console.is_terminal else Console(width=160, file=console.file)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    tables = report.overview()
     for found in report.comparisons:
         reported = report.results.experiments[found.problem.experiment].reported
-        for table in (main_table(found, reported), cost_table(found)):
-            shown = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            for number, name in enumerate(table.header):
-                shown.add_column(name, justify="right" if number else "left", no_wrap=True)
-            for cells in table.rows:
-                shown.add_row(*cells)
-            console.print()
-            wide.print(shown)
-            console.print()
-            for line in table.notes:
-                console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print()
+        main = main_table(found, reported)
+        tables += [main, replace(cost_table(found), title=f"{main.title}: cost")]
+    for table in tables:
+        say(f"\n{table.title}\n")
+        shown = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for number, name in enumerate(table.header):
+            shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for cells in table.rows:
+            shown.add_row(*cells)
+        wide.print(shown)
+        for line in ["", *table.notes]:
+            say(line)
+    say("")
+    for line in lead(report.comparisons):
+        say(line)
     for card in verdict_cards(report.comparisons):
-        line = f"{card.label}: {card.sentence}"
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(f"{card.label}: {card.sentence}")

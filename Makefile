@@ -31,7 +31,8 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m pip install -q --no-deps --target dist/installed dist/*.whl
 	cd dist/installed && ../../$(BIN)/python -c "import lorapro, pathlib; \
 	    path = pathlib.Path(lorapro.__file__); assert 'installed' in path.parts, path; \
-	    assert (path.parent / 'py.typed').exists(); print('wheel:', lorapro.__version__)"
+	    assert (path.parent / 'py.typed').exists(); \
+	    assert (path.parent / 'experiments/report/page.html.j2').exists(); print('wheel:', lorapro.__version__)"
 
 # Tables of speed and memory into benchmarks/results; see benchmarks/README.md. The one package of
 # others that is compared with is not needed: without it its rows say so.
@@ -50,7 +51,7 @@ bench: $(VENV)/.dev
 # share no runs with one another.
 REPORTED := tweets fashion_mnist bbc_news gsm8k_smollm2
 results: $(VENV)/.dev
-	set -e; for folder in $(patsubst %/results.json,%,$(wildcard results/*/results.json)); do \
+	set -e; for file in $$(find results -name results.json); do folder=$$(dirname $$file); \
 	    $(BIN)/lorapro report $$folder --output $$folder/table.md --figures $$folder > /dev/null; done
 	$(BIN)/lorapro report $(REPORTED:%=results/%) --output results/report.html > /dev/null
 

@@ -144,7 +144,7 @@ def test_the_page_is_legible(pages, page, name, width, dark):
         wanted += ["Validation loss against the learning rate", "Difference from tuned lora"]
         wanted += ["lora-pro: rank of A and B"]
     else:
-        wanted += ["Test loss against batch size"]
+        wanted += ["Test loss against batch size (code)"]
     assert set(wanted) <= set(titles)
     for figure in figures:
         assert figure["panels"], figure["title"]

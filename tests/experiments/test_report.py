@@ -19,7 +19,6 @@ from lorapro.experiments.report.diagnostic_figures import (
     shown_pairs,
 )
 from lorapro.experiments.report.drawing import log_ticks, smooth, spread_labels
-from lorapro.experiments.report.figures import swept_figure
 from lorapro.experiments.report.problems import problems
 from lorapro.experiments.report.rate_tables import (
     rates_table,
@@ -28,6 +27,7 @@ from lorapro.experiments.report.rate_tables import (
     values_by_rate_table,
 )
 from lorapro.experiments.report.summary_tables import across_table, paper_table
+from lorapro.experiments.report.sweep_figures import sweep_figures
 from lorapro.experiments.report.tables import cost_table, main_table, way_table
 from lorapro.experiments.report.verdicts import gap_sentence, lead, verdict
 from lorapro.experiments.results import read_results, write_results
@@ -183,6 +183,16 @@ def test_one_seed_is_called_one_seed(tmp_path):
     assert "One seed" in text
     assert "tie" not in text
     assert "±" not in cells(main_table(found))["dora"]["test loss"]
+
+
+def test_one_seed_leaves_open_what_its_test_items_do(tmp_path):
+    random = np.random.default_rng(1)
+    for label, mean in (("lora", 0.7), ("full", 0.6)):
+        loss = random.exponential(mean, 400)
+        write_run(tmp_path, label, 1e-3, 0, test=loss.mean(), items={"loss": loss})
+    found = comparison(tmp_path)
+    low, high = sorted((-found.gap.boot.low, -found.gap.boot.high))
+    assert f"the test items alone leave {low:+.4f} to {high:+.4f} open" in gap_sentence(found)
 
 
 def test_seeds_of_only_one_side_are_not_paired(tmp_path):
@@ -402,8 +412,45 @@ def test_the_figures_of_sweeps_need_several_values(tmp_path):
     report = Report(read_results(tmp_path))
     [figure] = report.swept()
     assert [panel.title for panel in figure.panels] == ["dora"]
-    assert swept_figure(report.comparisons[:1], "batch_size") is None
-    assert swept_figure(report.comparisons, "no_such_key") is None
+    assert sweep_figures(report.comparisons[:1], "batch_size") == []
+    assert sweep_figures(report.comparisons, "no_such_key") == []
+
+
+def test_a_grid_of_two_axes_is_a_figure_for_each_value_of_the_other(tmp_path):
+    for batch in (32, 256):
+        for rank in (4, 64):
+            axes = {"batch_size": batch, "rank": rank, "alpha": 2 * rank}
+            write_run(tmp_path, "lora", 1e-3, 0, axes=axes)
+        write_run(tmp_path, "full", 1e-3, 0, axes={"batch_size": batch})
+    report = Report(read_results(tmp_path))
+    names = [found.problem.name for found in report.comparisons]
+    assert names[:2] == ["batch size 32, rank 4", "batch size 32, rank 64"]  # alpha says no more
+    assert [figure.title for figure in report.swept()] == [
+        "Test loss against batch size (tweets, rank 4)",
+        "Test loss against batch size (tweets, rank 64)",
+        "Test loss against rank (tweets, batch size 32)",
+        "Test loss against rank (tweets, batch size 256)",
+    ]
+
+
+def test_gaps_of_several_problems_stand_in_one_table(tmp_path):
+    for batch, gap in ((32, 0.0), (256, 0.2)):
+        for seed in range(4):
+            noise = 0.01 * ((seed * 7) % 4)
+            for label, share in (("lora", 0.0), ("dora", 0.5), ("full", 1.0)):
+                other = 0.003 * ((seed * 3 + len(label)) % 4)
+                loss = 0.7 + noise + other - share * gap
+                write_run(tmp_path, label, 1e-3, seed, axes={"batch_size": batch}, test=loss)
+    report = Report(read_results(tmp_path))
+    table = next(t for t in report.overview() if t.title == "Shares of the gap")
+    by_label = cells(table)
+    assert by_label["gap"]["batch size 256"].startswith("+0.2")
+    assert by_label["dora"]["batch size 32"] == "-"
+    assert by_label["dora"]["batch size 256"].startswith("5")
+    share = report.comparisons[1].row("dora").share
+    assert (
+        f"({100 * share.low:.0f} to {100 * share.high:.0f})" in by_label["dora"]["batch size 256"]
+    )
 
 
 def test_diagnostics_are_drawn_for_first_middle_and_last_layer(tmp_path):
@@ -439,7 +486,9 @@ def test_everything_comes_from_the_compact_form_alone(tmp_path):
 COMMITTED = Path(__file__).parents[2] / "results"
 
 
-@pytest.mark.parametrize("folder", sorted(p.parent.name for p in COMMITTED.glob("*/results.json")))
+@pytest.mark.parametrize(
+    "folder", sorted(str(p.parent.relative_to(COMMITTED)) for p in COMMITTED.rglob("table.md"))
+)
 def test_committed_tables_are_what_their_results_give(folder):
     text = Report(read_results(COMMITTED / folder)).markdown()
     assert text == (COMMITTED / folder / "table.md").read_text(), "run: make results"

@@ -1,4 +1,4 @@
-"""Figures of a comparison: losses over steps and rates, differences, cost and quality, sweeps."""
+"""Figures of a comparison: losses over steps and rates, differences, cost and quality."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from lorapro.experiments.report.drawing import (
     Panel,
     frame,
     log_axis,
-    short_number,
     smooth,
     spread_labels,
 )
 from lorapro.experiments.report.rate_tables import validation_noise
 from lorapro.experiments.report.tables import median
 from lorapro.experiments.report.text import is_loss, measure_name
-from lorapro.experiments.statistics import paired_t
 
 __all__ = [
     "cost_figure",
@@ -32,7 +30,6 @@ __all__ = [
     "difference_figure",
     "figures_of",
     "rates_figure",
-    "swept_figure",
 ]
 
 SERIES = {"train_loss": "training loss", "validation_loss": "validation loss"}
@@ -50,7 +47,7 @@ def figures_of(found: Comparison) -> list[FigurePanels]:
     return [figure for figure in drawn if figure is not None]
 
 
-def _references(found: Comparison) -> dict[str, str]:
+def references(found: Comparison) -> dict[str, str]:
     """The rows that every panel shows beside its own, with their colours."""
     wanted = {found.baseline: COLORS["baseline"], found.goal: COLORS["target"]}
     return {label: color for label, color in wanted.items() if found.row(label) is not None}
@@ -58,7 +55,7 @@ def _references(found: Comparison) -> dict[str, str]:
 
 def _facets(found: Comparison, labels: Sequence[str]) -> list[str]:
     """The rows that get a panel: all but the references, unless there is nothing else."""
-    return [label for label in labels if label not in _references(found)] or list(labels)
+    return [label for label in labels if label not in references(found)] or list(labels)
 
 
 # Losses over steps
@@ -73,16 +70,16 @@ def curves_figure(found: Comparison, series: str) -> FigurePanels | None:
     # a beginning far above the rest would flatten it
     most = np.quantile(every, 0.97 if every.size > 20 * len(curves) else 1.0)
     top = max(most, max(float(mean[-1]) for _, mean, _, _ in curves.values()))
-    limits = _padded(float(every.min()), float(top))
-    references = _references(found)
+    limits = padded(float(every.min()), float(top))
+    beside = references(found)
 
     def panel(label: str) -> Panel:
         def draw(axes: Any) -> None:
-            for other, color in references.items():
+            for other, color in beside.items():
                 if other in curves and other != label:
                     axes.plot(*curves[other][:2], color=color, linewidth=1.2)
             steps, mean, low, high = curves[label]
-            color = references.get(label, COLORS["focus"])
+            color = beside.get(label, COLORS["focus"])
             axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
             marker = "o" if len(steps) < 12 else None
             axes.plot(steps, mean, color=color, linewidth=2, marker=marker, markersize=3.5)
@@ -101,7 +98,7 @@ def curves_figure(found: Comparison, series: str) -> FigurePanels | None:
         f"{what.capitalize()} over steps",
         f"Each method at its own learning rate. Line: mean over seeds, band: range.{smoothed}",
         [panel(label) for label in labels],
-        {"the method": COLORS["focus"], **references},
+        {"the method": COLORS["focus"], **beside},
     )
 
 
@@ -119,7 +116,7 @@ def _curve(row: Row, series: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     return steps, losses.mean(axis=0), losses.min(axis=0), losses.max(axis=0)
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
+def padded(low: float, high: float) -> tuple[float, float]:
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room
 
@@ -136,19 +133,19 @@ def rates_figure(found: Comparison) -> FigurePanels | None:
         return None
     best = {label: min(v for v in losses.values()) for label, losses in lines.items()}
     worst_best = max(v for v in best.values() if math.isfinite(v))
-    low, top = _padded(min(finite), min(max(finite), worst_best + 0.6 * abs(worst_best)))
+    low, top = padded(min(finite), min(max(finite), worst_best + 0.6 * abs(worst_best)))
     rates = sorted({rate for losses in lines.values() for rate in losses})
     noise = validation_noise(found)
-    references = {k: v for k, v in _references(found).items() if k == found.baseline and k in lines}
+    beside = {k: v for k, v in references(found).items() if k == found.baseline and k in lines}
 
     def panel(label: str) -> Panel:
         def draw(axes: Any) -> None:
             losses = lines[label]
-            color = references.get(label, COLORS["focus"])
+            color = beside.get(label, COLORS["focus"])
             if noise is not None and math.isfinite(best[label]):
                 wide = tolerated_rates(losses, noise)
                 axes.axvspan(wide.low, wide.high, color=color, alpha=0.12, linewidth=0)
-            for other, ref in references.items():
+            for other, ref in beside.items():
                 if other != label:
                     axes.plot(*_clipped(lines[other], top), color=ref, linewidth=1.2)
             x, y = _clipped(losses, top)
@@ -171,13 +168,13 @@ def rates_figure(found: Comparison) -> FigurePanels | None:
         "Validation loss against the learning rate",
         "Over the seeds that all of a method's rates were run with. Large: the chosen rate; "
         f"crosses: above the edge, or diverged.{shaded}",
-        [panel(label) for label in _facets_of_rates(lines, references)],
-        {"the method": COLORS["focus"], **references},
+        [panel(label) for label in _facets_of_rates(lines, beside)],
+        {"the method": COLORS["focus"], **beside},
     )
 
 
-def _facets_of_rates(lines: dict[str, Any], references: dict[str, str]) -> list[str]:
-    return [label for label in lines if label not in references] or list(lines)
+def _facets_of_rates(lines: dict[str, Any], beside: dict[str, str]) -> list[str]:
+    return [label for label in lines if label not in beside] or list(lines)
 
 
 def _clipped(losses: dict[float, float], top: float) -> tuple[list[float], list[float]]:
@@ -290,7 +287,7 @@ def _cost_panel(found: Comparison, name: str, points: list[tuple[str, float, flo
     def draw(axes: Any) -> None:
         x = [cost for _, cost, _ in points]
         low, high = min(x), max(x)
-        y_low, y_high = _padded(min(v for *_, v in points), max(v for *_, v in points))
+        y_low, y_high = padded(min(v for *_, v in points), max(v for *_, v in points))
         wide = math.log(high / low) + 0.7
         # room for the names on the right
         log_axis(axes, low / 1.25, high * math.exp(0.75 * wide), ticks_to=high * 1.3)
@@ -321,80 +318,3 @@ def _cost_panel(found: Comparison, name: str, points: list[tuple[str, float, flo
         frame(axes, name, "")
 
     return Panel(f"{measure_name(found.measure)} against {name}", draw, 2.6)
-
-
-# Sweeps
-
-
-def swept_figure(comparisons: Sequence[Comparison], variable: str) -> FigurePanels | None:
-    """The measure against a swept variable (batch, rank, data size): a panel a method.
-
-    ``variable`` is a key of the problems' settings, or of the configs where each problem has one
-    value of it. Bars are 95 % t-intervals over seeds.
-    """
-    lines: dict[str, list[tuple[Any, float, float]]] = {}
-    for found in comparisons:
-        value = found.problem.setting.get(variable, _only(found, variable))
-        if value is None:
-            continue
-        for row in found.rows:
-            if row.values:
-                interval = paired_t(list(row.values.values()))
-                half = 0.0 if interval is None else interval.half
-                lines.setdefault(row.label, []).append(
-                    (value, float(np.mean(list(row.values.values()))), half)
-                )
-    values = list(dict.fromkeys(v for line in lines.values() for v, _, _ in line))
-    if len(values) < 2:
-        return None
-    numeric = all(isinstance(v, (int, float)) for v in values)
-    if numeric:
-        values.sort()
-    places = {v: float(v) if numeric else float(k) for k, v in enumerate(values)}
-    means = [m for line in lines.values() for _, m, _ in line]
-    limits = _padded(min(means), max(means))
-    references = _references(comparisons[0])
-
-    def panel(label: str) -> Panel:
-        def draw(axes: Any) -> None:
-            for other in [*(o for o in references if o != label and o in lines), label]:
-                line = sorted(lines[other], key=lambda point: places[point[0]])
-                color = references.get(other, COLORS["focus"])
-                x, y = [places[v] for v, _, _ in line], [m for _, m, _ in line]
-                own = other == label
-                axes.plot(
-                    x,
-                    y,
-                    color=color,
-                    linewidth=2 if own else 1.2,
-                    marker="o",
-                    markersize=4 if own else 2.5,
-                )
-                if own:
-                    bars = [h for _, _, h in line]
-                    axes.errorbar(x, y, bars, color=color, linewidth=1, capsize=2, fmt="none")
-            axes.set_ylim(*limits)
-            frame(axes, variable.replace("_", " "))
-            if numeric and places[values[0]] > 0 and places[values[-1]] / places[values[0]] >= 4:
-                log_axis(axes, places[values[0]] / 1.2, places[values[-1]] * 1.2)
-            if len(values) <= 6:
-                axes.set_xticks(
-                    list(places.values()), [short_number(v) if numeric else str(v) for v in values]
-                )
-
-        return Panel(label, draw)
-
-    measure = measure_name(comparisons[0].measure)
-    labels = [label for label in lines if label not in references] or list(lines)
-    return FigurePanels(
-        f"{measure}_by_{variable}".replace(" ", "_"),
-        f"{measure.capitalize()} against {variable.replace('_', ' ')}",
-        "Each method at the rate tuned in that setting; bars: 95 % t-intervals over seeds.",
-        [panel(label) for label in labels],
-        {"the method": COLORS["focus"], **references},
-    )
-
-
-def _only(found: Comparison, variable: str) -> Any:
-    values = {config.get(variable) for config in found.problem.runs["config"]} - {None}
-    return values.pop() if len(values) == 1 else None

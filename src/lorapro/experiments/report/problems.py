@@ -42,13 +42,16 @@ def problems(runs: pd.DataFrame, titles: Mapping[str, str] | None = None) -> lis
         tasks = list(dict.fromkeys(group["task"]))
         for task in tasks:
             of_task = group[group["task"] == task]
-            for point in _points(of_task):
+            points = _points(of_task)
+            telling = _telling(points)
+            for point in points:
                 inside = [axes.items() <= point.items() for axes in of_task["axes"]]
                 parts = [(titles or {}).get(str(experiment)) or str(experiment)] if several else []
-                parts += [str(task)] if len(tasks) > 1 or not (parts or point) else []
-                parts += [f"{short(key)} {plain(value)}" for key, value in point.items()]
+                setting = {key: point[key] for key in telling if key in point}
+                parts += [str(task)] if len(tasks) > 1 or not (parts or setting) else []
+                parts += [f"{short(key)} {plain(value)}" for key, value in setting.items()]
                 name = ", ".join(parts)
-                found.append(Problem(name, str(experiment), str(task), of_task[inside], point))
+                found.append(Problem(name, str(experiment), str(task), of_task[inside], setting))
     return found
 
 
@@ -60,6 +63,16 @@ def _points(runs: pd.DataFrame) -> list[dict[str, Any]]:
             known.append(axes)
     whole = [p for p in known if not any(p.items() < q.items() for q in known)]
     return sorted(whole, key=lambda p: [v for v in p.values() if isinstance(v, (int, float))])
+
+
+def _telling(points: list[dict[str, Any]]) -> list[str]:
+    """The first keys that tell all points apart: alpha = 2r needs no name beside r."""
+    kept: list[str] = []
+    for key in dict.fromkeys(key for point in points for key in point):
+        before = {tuple(str(p.get(k)) for k in kept) for p in points}
+        after = {tuple(str(p.get(k)) for k in (*kept, key)) for p in points}
+        kept += [key] if len(after) > len(before) else []
+    return kept
 
 
 def short(key: str) -> str:

@@ -18,7 +18,7 @@ from lorapro.experiments.report.comparison import (
 )
 from lorapro.experiments.report.problems import headline, short
 from lorapro.experiments.report.tables import Table
-from lorapro.experiments.report.text import is_loss, listed, plain
+from lorapro.experiments.report.text import is_loss, listed, number, plain, signed
 from lorapro.experiments.results import Experiment
 from lorapro.experiments.statistics import (
     Interval,
@@ -28,7 +28,13 @@ from lorapro.experiments.statistics import (
     summarize,
 )
 
-__all__ = ["across_table", "conditions_table", "paper_table", "unfinished_table"]
+__all__ = [
+    "across_table",
+    "conditions_table",
+    "gaps_table",
+    "paper_table",
+    "unfinished_table",
+]
 
 UNTRAINED = ("zero-shot", "untrained", "base")
 
@@ -96,6 +102,37 @@ def _scaled(pairs: Sequence[tuple[Comparison, Row]]) -> str:
         if end > start:
             scores.append((_gains(found, row) - start) / (end - start))
     return _interval(stratified_interval(iqm, scores)) if scores else ""
+
+
+def gaps_table(comparisons: Sequence[Comparison]) -> Table | None:
+    """The gap of each problem, and the share of it that each method closes."""
+    found, sizes = [], []
+    for f in comparisons:
+        if f.gap is not None and f.gap.interval is not None:
+            size = (-1.0 if is_loss(f.measure) else 1.0) * f.gap.size
+            half = number(f.measure, f.gap.interval.half)
+            found.append(f)
+            sizes.append(f"{signed(f.measure, size)} ± {half}")
+    if len(found) < 2:
+        return None
+    rows = [["gap", *sizes]]
+    labels = dict.fromkeys(r.label for f in found for r in f.rows)
+    for label in labels:
+        shares = [row.share if (row := f.row(label)) else None for f in found]
+        if any(share is not None for share in shares):
+            cells = ["-" if x is None else _percent(x) for x in shares]
+            rows.append([label, *cells])
+    goals = listed(list(dict.fromkeys(f"{f.baseline} to {f.goal}" for f in found)))
+    notes = [
+        f"From {goals}, 95 % t-interval over seeds; shares with Fieller's 95 % interval, where "
+        "there is a gap beyond noise."
+    ]
+    return Table("Shares of the gap", ["method", *(f.problem.name for f in found)], rows, notes)
+
+
+def _percent(share: Interval) -> str:
+    low, high = 100 * share.low, 100 * share.high
+    return f"{100 * share.size:.0f} % ({low:.0f} to {high:.0f})"
 
 
 # Beside the papers' numbers

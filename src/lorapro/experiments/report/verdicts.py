@@ -169,9 +169,12 @@ def gap_sentence(found: Comparison) -> str | None:
     value = signed(found.measure, sign * gap.size).removeprefix("+")
     text = f"Gap from {found.baseline} to {name}: {value} of {measure_name(found.measure)}"
     if gap.interval is None:
-        return (
-            f"{text}. One seed gives no estimate of its noise: run more before believing a share."
-        )
+        text += ". One seed gives no estimate of its noise: run more before believing a share"
+        if gap.boot is not None:
+            low, high = sorted(sign * end for end in (gap.boot.low, gap.boot.high))
+            ends = f"{signed(found.measure, low)} to {signed(found.measure, high)}"
+            text += f" (the test items alone leave {ends} open)"
+        return f"{text}."
     half = number(found.measure, gap.interval.half)
     ahead = sign * gap.size > 0
     end = ": no gap beyond noise"

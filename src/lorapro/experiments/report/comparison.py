@@ -18,6 +18,7 @@ from lorapro.experiments.statistics import (
     Interval,
     Summary,
     holm,
+    mcnemar_p,
     paired_t,
     share_closed,
     sign_flip_p,
@@ -51,6 +52,7 @@ class Versus:
     holm: float  # p of the t-test, corrected for all rows that are compared with this one
     family: int  # how many those are
     flip: float | None  # p of the exact sign-flip test
+    mcnemar: float | None  # p of McNemar's test of the right answers, of one seed
     verdict: str
     alone: bool  # a tie that is none without the correction
 
@@ -263,6 +265,7 @@ def _add_differences(found: Comparison, other: Row) -> None:
             holm=float(p),
             family=int(np.isfinite(corrected).sum()),
             flip=sign_flip_p(differences) if len(seeds) > 1 else None,
+            mcnemar=_mcnemar(row, other, seeds) if len(seeds) == 1 else None,
             verdict=verdict,
             alone=alone,
         )
@@ -298,6 +301,13 @@ def _items(row: Row, name: str, seeds: Sequence[int]) -> np.ndarray | None:
     if any(a is None for a in arrays) or len({a.shape for a in arrays}) != 1:
         return None
     return np.stack(arrays).astype(float)
+
+
+def _mcnemar(row: Row, other: Row, seeds: Sequence[int]) -> float | None:
+    ours, theirs = _items(row, "correct", seeds), _items(other, "correct", seeds)
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return None
+    return mcnemar_p(ours[0], theirs[0])
 
 
 def _share(base: Row, row: Row, goal: Row, measure: str) -> Interval | None:

@@ -17,7 +17,7 @@ from lorapro.experiments.report.text import (
 )
 from lorapro.experiments.report.verdicts import gap_sentence, how_to_read, warnings
 from lorapro.experiments.results import Numbers
-from lorapro.experiments.statistics import paired_t, summarize
+from lorapro.experiments.statistics import Interval, paired_t, summarize
 
 __all__ = ["Table", "cost_table", "detail_table", "main_table", "median", "way_table"]
 
@@ -121,46 +121,30 @@ def _share(found: Comparison, row: Row) -> str:
 
 
 def detail_table(found: Comparison, other: str) -> Table | None:
-    """Differences from another row in full: both intervals; p alone, corrected, by sign flips."""
+    """Differences from another row in full: both intervals and every p."""
     rows, marks = [], []
     for row in found.rows:
         versus = row.versus.get(other)
         if versus is None:
             continue
-        ends = [
-            "-"
-            if i is None
-            else f"{signed(found.measure, i.low)} to {signed(found.measure, i.high)}"
-            for i in (versus.interval, versus.boot)
-        ]
         alone = None if versus.interval is None else versus.interval.p
-        p_values = [p_text(alone), p_text(versus.holm), p_text(versus.flip)]
-        rows.append(
-            [
-                row.label,
-                str(versus.seeds),
-                signed(found.measure, versus.size),
-                *ends,
-                *p_values,
-                versus.verdict,
-            ]
-        )
+        p_values = (alone, versus.holm, versus.flip, versus.mcnemar)
+        cells = [row.label, str(versus.seeds), signed(found.measure, versus.size)]
+        cells += [_ends(found.measure, i) for i in (versus.interval, versus.boot)]
+        rows.append([*cells, *map(p_text, p_values), versus.verdict])
         marks.append(versus.verdict)
     if not rows:
         return None
-    header = [
-        "method",
-        "seeds",
-        f"minus {other}",
-        "95 % over seeds (t)",
-        "95 % over seeds and items",
-        "p alone",
-        "p Holm",
-        "p sign flips",
-        "verdict",
-    ]
+    header = ["method", "seeds", f"minus {other}", "95 % over seeds (t)"]
+    header += ["95 % over seeds and items", "p alone", "p Holm", "p sign flips", "p McNemar"]
     title = f"{measure_name(found.measure)} minus {other}'s, in full".capitalize()
-    return Table(title, header, rows, [], marks).without_empty_columns()
+    return Table(title, [*header, "verdict"], rows, [], marks).without_empty_columns()
+
+
+def _ends(measure: str, interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    return f"{signed(measure, interval.low)} to {signed(measure, interval.high)}"
 
 
 def way_table(found: Comparison) -> Table | None:

@@ -59,11 +59,12 @@ def _against(found: Comparison, versus: Versus) -> str:
     name = measure_name(measure)
     if versus.interval is None:
         size = signed(measure, versus.size)
-        text = f"One seed: {name} {size} from {other}'s, without its noise no verdict."
+        if other != found.baseline:
+            return f"Against {other} {size}."
         if versus.boot is not None:
             low, high = (signed(measure, end) for end in (versus.boot.low, versus.boot.high))
-            text += f" The test items alone leave {low} to {high} open."
-        return text
+            size += f" ({low} to {high} from the test items alone)"
+        return f"One seed, so no verdict: {name} {size} against {found.baseline_name}."
     size = with_interval(measure, versus.interval)
     words = {BETTER: "Better than", WORSE: "Worse than", TIE: "A tie with"}[versus.verdict]
     main = other == found.baseline
@@ -150,6 +151,8 @@ def lead(comparisons: Sequence[Comparison]) -> list[str]:
         lines.append(f"Everything else ({count(ties, 'comparison')}) is a tie.")
     if one_seed and not lines:
         lines.append("One seed: differences are shown, but what is noise cannot be told.")
+    elif one_seed:
+        lines.append(f"{count(one_seed, 'comparison').capitalize()} of one seed: no verdict.")
     gaps = [(f, sentence) for f in comparisons if (sentence := gap_sentence(f))]
     if not several:
         return lines + [sentence for _, sentence in gaps]

@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
     from rich.console import Console
 
     quiet_libraries()  # before anything imports them
-    from lorapro.experiments.config import parse_values
+    from lorapro.experiments.keys import parse_values
     from lorapro.experiments.lr_find import find_rate
     from lorapro.experiments.yaml_file import read_yaml
 

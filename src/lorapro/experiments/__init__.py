@@ -7,6 +7,7 @@ Importing it loads neither transformers nor peft: modules import them where they
 module             subject
 ================== ==========================================================================
 ``options``        what a run can be told: how keys are declared, and the keys of every run
+``keys``           every key of a config: who reads it, its default and type; parsing
 ``config``         one flat YAML plus ``--flag value`` -> a checked ``RunConfig``, its fingerprint
 ``methods``        how to train: adapter x start x optimizer, three catalogues
 ``tasks``          what to train on: one entry a task, one class a family of tasks
@@ -21,6 +22,7 @@ module             subject
 ``folders``        what lies in a run's folder; the format of ``result.json``
 ``plan``           a recipe -> cells of runs (tasks x methods x grid)
 ``sweep``          execution of a plan: rates picked on validation data, resumable
+``workers``        where runs are run: here, in several processes, on a Ray cluster
 ``restore``        models from what was saved
 ``results``        all runs -> one tidy table, a row a run; its compact form ``results.json``
 ``statistics``     paired intervals, corrections, shares of a gap; ``rates``: learning rates

@@ -9,13 +9,14 @@ from typing import Any
 
 from lorapro.experiments import folders
 from lorapro.experiments.assets import asset_path, is_asset
-from lorapro.experiments.config import RunConfig, build_config, load_config, read_yaml
+from lorapro.experiments.config import RunConfig, build_config, load_config
 from lorapro.experiments.data import Row, load_rows, require_columns
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.model_building import build_model, count_parameters
 from lorapro.experiments.saved import ADAPTER_CONFIG, Saved, open_saved, with_adapter
 from lorapro.experiments.tasks import Family
 from lorapro.experiments.tasks.base import take
+from lorapro.experiments.yaml_file import read_yaml
 
 __all__ = ["describe_target", "evaluate_target", "load_any", "predict_target", "rows_to_answer"]
 

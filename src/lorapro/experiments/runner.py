@@ -19,8 +19,9 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from lorapro.experiments import folders
 from lorapro.experiments.callbacks import DivergenceWatch, MetricsLog, StepClock
-from lorapro.experiments.config import RunConfig, owners
+from lorapro.experiments.config import RunConfig
 from lorapro.experiments.evaluation import ItemTrainer, make_trainer
+from lorapro.experiments.keys import owners
 from lorapro.experiments.memory import peak_memory, reset_peak_memory, tensor_bytes
 from lorapro.experiments.model_building import build_model, check_optimizer, count_parameters
 from lorapro.experiments.saved import ABOUT, about_run, write_beside

@@ -18,8 +18,9 @@ from typing import Any
 from rich.console import Console
 
 from lorapro.experiments import folders
-from lorapro.experiments.config import RunConfig, owners
+from lorapro.experiments.config import RunConfig
 from lorapro.experiments.errors import UserError
+from lorapro.experiments.keys import owners
 from lorapro.experiments.plan import Cell, Comparison
 from lorapro.experiments.progress import RunsProgress
 from lorapro.experiments.workers import (

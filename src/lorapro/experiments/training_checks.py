@@ -1,0 +1,70 @@
+"""What ``TrainingArguments`` lets pass and no run can mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lorapro.experiments.errors import UserError, check_name
+
+__all__ = ["check_training"]
+
+# Trainer's keys that must be at least so much, and those that must be finite and not negative.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+    "warmup_steps": 0,
+}
+_NOT_NEGATIVE = ("max_grad_norm", "weight_decay", "adam_epsilon")
+_POSITIVE = ("eval_steps", "logging_steps", "save_steps")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+
+
+def check_training(given: Mapping[str, Any], rate: float) -> None:
+    """Check the keys of Trainer that were given, and the learning rate.
+
+    Raises:
+        UserError: naming the first that is out of range.
+    """
+    if not 0 < rate < math.inf:
+        raise UserError(f"learning_rate must be positive and finite, found {rate:g}")
+    for key, least in _LEAST.items():
+        if not given.get(key, least) >= least:
+            raise UserError(f"{key} must be at least {least}, found {given[key]}")
+    for key in _NOT_NEGATIVE:
+        if not 0 <= given.get(key, 0) < math.inf:
+            raise UserError(f"{key} must be finite and not negative, found {given[key]:g}")
+    steps = given.get("max_steps", -1)
+    if steps != -1 and steps < 1:
+        raise UserError(f"max_steps must be at least 1 (or -1 for num_train_epochs), found {steps}")
+    if steps == -1 and not 0 < given.get("num_train_epochs", 1) < math.inf:
+        raise UserError(
+            f"num_train_epochs must be positive and finite, found {given['num_train_epochs']:g}"
+        )
+    for key in _POSITIVE:
+        if not 0 < given.get(key, 1) < math.inf:
+            raise UserError(f"{key} must be positive and finite, found {given[key]:g}")
+    for key in _BELOW_ONE:
+        if not 0 <= given.get(key, 0) < 1:
+            raise UserError(f"{key} must lie in [0, 1), found {given[key]:g}")
+    _check_trackers(given.get("report_to", "none"))
+
+
+def _check_trackers(value: Any) -> None:
+    """Refuse a tracker that is unknown or not installed, which Trainer would find too late."""
+    names = [value] if isinstance(value, str) else list(value)
+    if set(names) <= {"none", "all"}:
+        return
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in names:
+        check_name("report_to", name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
+        if name not in (*available, "none", "all"):
+            raise UserError(
+                f"report_to {name!r} needs a package that is not installed; run: pip install {name}"
+            )

@@ -165,7 +165,7 @@ class Point:
 
     def damped(self, length: Tensor) -> Point:
         """The same with the inverse of ``S_B + (ℓ/s)² S_A⁻¹``, for lengths ℓ (k, 1, 1) in W."""
-        S = self.S_B + (length / self.s).square() * self.inv_A.full
+        S = torch.addcmul(self.S_B, (length / self.s).square(), self.inv_A.full)
         return replace(self, inv_B=inverse(S, self.dtype))
 
 
@@ -236,9 +236,9 @@ def step_length(at: Point, gram_B: Tensor) -> Tensor:
         at: the factors.
         gram_B: ``grad_Bᵀ·grad_B``, (k, r, r).
     """
-    T = at.s**-2 * bmm(gram_B, at.inv_A.full)
+    T = bmm(gram_B, at.inv_A.full)
     size = trace(T).clamp_min(torch.finfo(T.dtype).tiny)
-    return ((T * T.mT).sum((-2, -1), keepdim=True) / size).sqrt()
+    return ((T * T.mT).sum((-2, -1), keepdim=True) / size).sqrt() / at.s
 
 
 def equivalent_gradient(

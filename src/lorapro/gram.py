@@ -225,7 +225,7 @@ def solve_sylvester(P: Tensor, Q: Tensor, K: Tensor, inv_Q: Tensor, dtype: torch
     middle = bmm(half.mT, half)  # (P/q + 1)⁻¹ and (Q/q + 1)⁻¹
     size = K.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(K.dtype).tiny)
     Y = bmm(bmm(middle[:k], K / size), middle[k:]).to(dtype)
-    UV = (eye - 2 * middle).to(dtype)
+    UV = torch.add(eye, middle, alpha=-2).to(dtype)
     for i in range(DOUBLINGS[dtype]):
         UV = bmm(UV, UV) if i else UV
         Y = baddbmm(Y, bmm(UV[:k], Y), UV[k:])

@@ -74,15 +74,14 @@ def muon(at: Point, M: Tangent, speed: Tensor) -> Direction:
         M: the momentum.
         speed: the length of every direction, (k, 1, 1).
     """
-    right, left = M.frame(at)
-    R, L = (gram(rows, at) for rows in (right, left))
+    (AA, across_A), (BB, across_B) = own_grams(at, M)
     r = at.S_A.shape[-1]
-    inside = bmm(R[:, :r, r:], at.inv_A.full)  # M_A = inside·A + what is outside the rows of A
-    outside = baddbmm(R[:, :r, :r], inside, R[:, r:, :r], alpha=-1)
-    grams = (outside, at.S_A, at.S_B, L[:, r:, r:])
-    sizes = torch.cat([trace(G) for G in (R[:, :r, :r], *grams[1:])])
-    V, roots = (T.chunk(4) for T in orthonormal(torch.cat(grams), sizes, at.dtype))
-    core, to_left, to_right = (torch.zeros_like(R) for _ in range(3))
+    inside = bmm(across_A, at.inv_A.full)  # M_A = inside·A + what is outside the rows of A
+    outside = baddbmm(AA, inside, across_A.mT, alpha=-1)
+    sizes = torch.cat([trace(G) for G in (AA, at.S_A, at.S_B, BB)])
+    grams = torch.cat([outside, at.S_A, at.S_B, BB])
+    V, roots = (T.chunk(4) for T in orthonormal(grams, sizes, at.dtype))
+    core, to_left, to_right = (AA.new_zeros(len(AA), 2 * r, 2 * r) for _ in range(3))
     core[:, :r, :r] = bmm(roots[2].mT, roots[0])
     core[:, :r, r:] = bmm(roots[2].mT, bmm(inside, roots[1]))
     core[:, r:, r:] = bmm(roots[3].mT, roots[1])
@@ -90,7 +89,11 @@ def muon(at: Point, M: Tangent, speed: Tensor) -> Direction:
     to_right[:, :r, :r], to_right[:, r:, r:] = V[0], V[1]
     to_right[:, :r, r:] = -bmm(V[0], inside)
     core = bmm(bmm(to_left.mT, speed * polar(core.to(at.dtype))), to_right)
-    return Direction(left, right, core, L[:, :r], R[:, :, r:], L)
+    right, left = M.frame(at)
+    left_B = torch.cat([at.S_B, across_B.mT], -1)
+    left_left = torch.cat([left_B, torch.cat([across_B, BB], -1)], -2)
+    right_A = torch.cat([across_A, at.S_A], -2)
+    return Direction(left, right, core, left_B, right_A, left_left)
 
 
 def squared_means(at: Point, G: Tangent) -> tuple[Rows, Rows]:
@@ -146,6 +149,13 @@ def gram(rows: Rows, at: Point) -> Tensor:
     """``X·Xᵀ`` of rows in float64."""
     exact = precise(rows)
     return at.total(inner((exact, exact)))
+
+
+def own_grams(at: Point, M: Tangent) -> list[tuple[Tensor, Tensor]]:
+    """``(M_A·M_Aᵀ, M_A·Aᵀ)`` and ``(M_Bᵀ·M_B, M_Bᵀ·B)`` in float64."""
+    A, B = precise(M.A), precise(M.B)
+    sums = at.total(inner((A, A), (A, at.exact_A), (B, B), (B, at.exact_B))).chunk(4)
+    return [(sums[0], sums[1]), (sums[2], sums[3])]
 
 
 def _under(X: Rows, Y: Rows) -> list[Tensor]:

@@ -175,8 +175,15 @@ def transport(old: Point, M: Tangent, new: Point) -> Tangent:
         M_A' = S_B'⁻¹ B'ᵀ M          M_B' = (I − P_B') M A'ᵀ S_A'⁻¹       M = B·M_A + M_B·A
     """
     right, left = M.frame(old)  # M = left·right
-    to_A = new.total(inner((precise(right), new.exact_A)))  # (2r, r), of M·A'ᵀ
-    to_B = new.total(inner((new.exact_B, precise(left))))  # (r, 2r), of B'ᵀ·M
+    M_A, M_B = precise(M.A), precise(M.B)
+    sums = inner(
+        (M_A, new.exact_A),
+        (old.exact_A, new.exact_A),
+        (new.exact_B, old.exact_B),
+        (new.exact_B, M_B),
+    )
+    seen = new.total(sums).chunk(4)
+    to_A, to_B = torch.cat(seen[:2], -2), torch.cat(seen[2:], -1)  # M·A'ᵀ, B'ᵀ·M
     to_A, to_B = bmm(to_A, new.inv_A.full), bmm(new.inv_B.full, to_B)
     return Tangent(combine((to_B, right)), combine((to_A.mT, left), (-bmm(to_B, to_A).mT, new.B)))
 

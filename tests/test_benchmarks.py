@@ -129,3 +129,11 @@ def test_too_few_rounds_and_impossible_ranks_are_refused(script, capsys):
 def test_far_steps_shows_which_optimizers_bound_their_steps(script):
     moves = script("far_steps").moves
     assert max(moves("factored", 32, 8)) < 2 < max(moves("sgd", 32, 8))
+
+
+def test_diagnostics_are_timed(script, tmp_path, capsys):
+    module = script("diagnostics")
+    module.main(["--model", "tiny", "--ranks", "2", *TRIAL, "--output", str(tmp_path)])
+    (found,) = tables(tmp_path, "diagnostics")
+    assert set(found["rows"][0]["seconds"]) == {"plain", "measured"}
+    assert "added at every 10 steps" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def model_card(about: Mapping[str, Any], kind: str) -> str:
             f"| {split} | {name} | {value:.4g} |"
             for split, values in about["metrics"].items()
             for name, value in values.items()
-            if value is not None
+            if value is not None and name != "loss_standard_error"
         ]
     labels = about.get("carried", {}).get("labels")
     if labels:

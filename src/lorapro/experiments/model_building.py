@@ -51,8 +51,6 @@ def add_adapter(model: Any, config: RunConfig, family: Family) -> Any:
     """Wrap ``model`` in the PEFT adapter that the config and the method describe."""
     from peft import get_peft_model
 
-    from lorapro.experiments.saved import base_name
-
     adapter, options = config.method.adapter, config.adapter
     assert adapter.config is not None
     in_full = list(options.modules_to_save or [])
@@ -73,8 +71,6 @@ def add_adapter(model: Any, config: RunConfig, family: Family) -> Any:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot add the adapter: {_shortened(reason)}") from error
     check_ranks(made, options.rank)
-    for peft_config in made.peft_config.values():  # and not a path in this machine's cache
-        peft_config.base_model_name_or_path = base_name(family)
     return made
 
 

@@ -58,9 +58,21 @@ def about_run(config: RunConfig, family: Family, base_changed: bool) -> dict[str
         "alpha": getattr(config.adapter, "alpha", None),
         "learning_rate": config.training.learning_rate,
         "seed": config.training.seed,
-        "data": family.data_name,
+        "data": Path(family.data_name).name if _is_local(family) else family.data_name,
         "base_changed": base_changed,
     }
+
+
+def _is_local(family: Family) -> bool:
+    return not is_asset(family.data_name) and Path(family.data_name).expanduser().exists()
+
+
+def _name_base(folder: Path, name: str) -> None:
+    """Let a saved adapter name its base as it is found elsewhere, and not in this cache."""
+    path = folder / ADAPTER_CONFIG
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        folders.write_json(path, {**config, "base_model_name_or_path": name})
 
 
 def write_beside(folder: Path, about: Mapping[str, Any], family: Family) -> None:
@@ -69,6 +81,7 @@ def write_beside(folder: Path, about: Mapping[str, Any], family: Family) -> None
 
     if family.processor is not None:
         family.processor.save_pretrained(folder)
+    _name_base(folder, about["model"])
     folders.write_json(folder / ABOUT, about)
     folders.write_text(folder / "README.md", model_card(about, folder.name))
 
@@ -83,6 +96,7 @@ def copy_beside(source: Path, target: Path, about: Mapping[str, Any] | None) -> 
         if path.is_file() and not known and not path.name.startswith(weights):
             shutil.copyfile(path, target / path.name)
     if about is not None:
+        _name_base(target, about["model"])
         folders.write_json(target / ABOUT, about)
         kind = "adapter" if (target / ADAPTER_CONFIG).is_file() else "merged"
         folders.write_text(target / "README.md", model_card(about, kind))

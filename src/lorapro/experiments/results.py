@@ -249,6 +249,8 @@ def _numbers(block: Mapping[str, Any], path: Path) -> Numbers:
     for row, cells in block.items():
         for column, cell in (cells or {}).items():
             mean, sd = [*cell, None][:2] if isinstance(cell, list) and cell else [cell, None]
+            if mean is None:  # the paper gives none; recipes may say so
+                continue
             if not all(isinstance(v, (int, float)) for v in ([mean] if sd is None else [mean, sd])):
                 raise UserError(f"{path}: {row}: {column} must be [mean, sd], found {cell!r}")
             numbers.setdefault(str(row), {})[str(column)] = (mean, sd)

@@ -60,12 +60,34 @@ def interleave(entries: Sequence[Entry], rounds: int, warmup: int = WARMUP) -> d
     return seconds
 
 
+_device = torch.device("cpu")
+
+
+def set_device(name: str) -> None:
+    """Choose where everything that is timed lies."""
+    global _device
+    _device = torch.device(name)
+
+
+def device() -> torch.device:
+    """Where everything that is timed lies."""
+    return _device
+
+
+def wait() -> None:
+    """Wait for the device to finish what it was given."""
+    if _device.type == "cuda":
+        torch.cuda.synchronize(_device)
+
+
 def seconds_of(entry: Entry) -> float:
     """Run one entry once."""
     if entry.before is not None:
         entry.before()
+    wait()
     began = time.perf_counter()
     entry.run()
+    wait()
     return time.perf_counter() - began
 
 
@@ -107,6 +129,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_output(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--device", default="cpu", help="where factors and models are: cpu, cuda, …")
     made.add_argument("--threads", type=int, help="threads of PyTorch; its own choice if not given")
     made.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
 
@@ -120,6 +143,11 @@ def check(made: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
             f"--rounds is {rounds}, a median here takes {least} or more; add --few-rounds to try "
             "the script out."
         )
+    try:
+        torch.empty(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        made.error(f"--device {arguments.device}: {str(error).splitlines()[0]}")
+    set_device(arguments.device)
     if arguments.threads is not None:
         if arguments.threads < 1:
             made.error(f"--threads is {arguments.threads}, expected 1 or more.")
@@ -132,6 +160,7 @@ def machine() -> dict[str, Any]:
     text = info.read_text() if info.exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return {
+        "device": torch.cuda.get_device_name(_device) if _device.type == "cuda" else str(_device),
         "cpu": found.group(1) if found else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

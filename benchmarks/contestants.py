@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from common import device, wait
 from torch import Tensor, nn
 
 import lorapro
@@ -93,7 +94,8 @@ def make_factors(
             B = 0.3 * (Q * torch.arange(1.0, rank + 1) ** -p) @ turn
         U = torch.randn(m, GRADIENT_RANK, generator=generator) / m**0.5
         V = torch.randn(GRADIENT_RANK, n, generator=generator) / n**0.5
-        made.append(Factors(A, B, SCALING * (B.T @ U) @ V, SCALING * U @ (V @ A.T)))
+        values = A, B, SCALING * (B.T @ U) @ V, SCALING * U @ (V @ A.T)
+        made.append(Factors(*(t.to(device()) for t in values)))
     return made
 
 
@@ -275,6 +277,7 @@ def estimated_seconds(
         for _ in range(2):
             began = time.perf_counter()
             optimizer.step()
+            wait()
             took = count * (time.perf_counter() - began)
             adapters.restore()
             if took > limit:

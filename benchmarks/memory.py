@@ -23,7 +23,7 @@ from typing import Any
 
 import contestants
 import torch
-from common import Report, add_output, check, peak_of, table
+from common import Report, add_output, check, device, peak_of, table
 from contestants import LEGEND, MODELS, TITLES
 
 from lorapro.experiments.memory import peak_memory, reset_peak_memory, tensor_bytes
@@ -48,7 +48,13 @@ def measure(name: str, model: str, rank: int, x: str) -> dict[str, Any]:
     optimizer.step()
     adapters.restore()
     rise = None
-    if STATUS.exists():
+    if device().type == "cuda":
+        before = torch.cuda.memory_allocated(device())
+        torch.cuda.reset_peak_memory_stats(device())
+        optimizer.step()
+        rise = torch.cuda.max_memory_allocated(device()) - before
+        adapters.restore()
+    elif STATUS.exists():
         before = resident()
         reset_peak_memory()
         optimizer.step()
@@ -118,7 +124,7 @@ def row(name: str, model: str, rank: int, arguments: argparse.Namespace) -> dict
         return {"name": name, "refused": why}
     command = [sys.executable, __file__, "--alone", "--only", name, "--shapes", model]
     command += ["--ranks", str(rank), "--x", arguments.x]
-    command += ["--threads", str(torch.get_num_threads())]
+    command += ["--device", arguments.device, "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"memory of {name}, {model}, r = {rank}, failed:\n{done.stderr}")

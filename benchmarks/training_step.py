@@ -24,7 +24,18 @@ from typing import Any
 
 import contestants
 import torch
-from common import Entry, Report, check, interleave, milliseconds, parser, ratio, summary, table
+from common import (
+    Entry,
+    Report,
+    check,
+    device,
+    interleave,
+    milliseconds,
+    parser,
+    ratio,
+    summary,
+    table,
+)
 from common import times as as_ratio
 from contestants import CONTESTANTS, SCALING, Factors
 
@@ -46,10 +57,12 @@ def load(name: str) -> Any:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     if name != "tiny":
-        return AutoModelForCausalLM.from_pretrained(asset_path(name), dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(asset_path(name), dtype=torch.float32).to(
+            device()
+        )
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads))
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).to(device())
 
 
 def with_lora(base: Any, rank: int, names: list[str]) -> Any:
@@ -74,7 +87,7 @@ def forward_backward(model: Any, arguments: argparse.Namespace) -> Callable[[], 
     """One pass over a batch of random tokens."""
     generator = torch.Generator().manual_seed(0)
     size = (arguments.batch, arguments.length)
-    ids = torch.randint(0, model.config.vocab_size, size, generator=generator)
+    ids = torch.randint(0, model.config.vocab_size, size, generator=generator).to(device())
     return lambda: model(input_ids=ids, labels=ids).loss.backward()
 
 

@@ -199,7 +199,7 @@ def short_number(value: float) -> str:
     >>> short_number(0.0005), short_number(0.2), short_number(4096), short_number(2e6)
     ('5e-4', '0.2', '4096', '2e6')
     """
-    if value == 0 or 1e-2 <= abs(value) < 1e5:
+    if value == 0 or 0.1 <= abs(value) < 1e5:
         return f"{value:g}"
     mantissa, _, exponent = f"{value:.0e}".partition("e")
     return f"{mantissa}e{int(exponent)}"

@@ -68,7 +68,7 @@ def curves_figure(found: Comparison, series: str) -> FigurePanels | None:
         return None
     every = np.concatenate([mean for _, mean, _, _ in curves.values()])
     # a beginning far above the rest would flatten it
-    most = np.quantile(every, 0.97 if every.size > 20 * len(curves) else 1.0)
+    most = np.quantile(every, 0.97 if every.size > 8 * len(curves) else 1.0)
     top = max(most, max(float(mean[-1]) for _, mean, _, _ in curves.values()))
     limits = padded(float(every.min()), float(top))
     beside = references(found)

@@ -66,3 +66,20 @@ def test_trainer_example(tiny_bert, tmp_path, capsys):
     assert "of 32 new sentences" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "diagnostics.jsonl").is_file()
+
+
+def test_the_notebook_runs(tiny_llama, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    import nbformat
+
+    monkeypatch.setenv("STORY_MODEL", str(tiny_llama))
+    monkeypatch.setenv("STORY_STEPS", "3")
+    notebook = nbformat.read(EXAMPLES / "story.ipynb", as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
+    assert "the same as in this process: True" in str(outputs[-1])
+    assert (EXAMPLES / "story.ipynb").stat().st_size < 400_000

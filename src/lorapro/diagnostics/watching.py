@@ -4,13 +4,9 @@ Shape letters: T tokens (rows), x: (T, n) what enters A, δ: (T, m) the gradient
 respect to what leaves B. The adapter's own path is listened to, behind its dropout and before its
 scaling, so ``g = δᵀx/s`` is the very g of ``grad_A = s·Bᵀg`` and ``grad_B = s·g·Aᵀ``.
 
-One backward pass with one call of a layer needs no g::
-
-    ‖δᵀx‖² = ⟨δδᵀ, xxᵀ⟩        (T, T), where T is small
-           = Σ ‖(δᵀx)[rows]‖²   a few rows of g at a time, where it is not
-
-Several calls, or several micro-batches, add up to one g, whose norm is not to be had from their
-norms. Then x and δ are kept, or g itself where that takes less memory, until it is asked for.
+One backward pass with one call of a layer needs no g (:mod:`lorapro.diagnostics.norms`). Several
+calls, or several micro-batches, add up to one g, whose norm is not to be had from their norms. Then
+x and δ are kept, or g itself where that takes less memory, until it is asked for.
 """
 
 from __future__ import annotations
@@ -23,14 +19,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lorapro.diagnostics.norms import SquaredNorms
 from lorapro.factors import LoraPair, adapters_of, find_pairs, is_tuner_layer
 from lorapro.lora_ga.capture import Tap
 from lorapro.lora_ga.geometry import rows_of
 
 __all__ = ["Watch", "watch", "watch_of"]
-
-# Elements of g held at once when its norm is taken row by row.
-BLOCK = 1 << 22
 
 _WATCHES: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
 
@@ -38,8 +32,10 @@ _WATCHES: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
 class WeightGradient:
     """``‖g‖²`` of one weight, from any number of (x, δ)."""
 
-    def __init__(self, kind: str, layer: Any, shape: tuple[int, int], once: bool) -> None:
-        self.kind, self.layer, self.shape = kind, layer, shape
+    def __init__(
+        self, kind: str, layer: Any, shape: tuple[int, int], once: bool, norms: SquaredNorms
+    ) -> None:
+        self.kind, self.layer, self.shape, self.norms = kind, layer, shape, norms
         self.once = once  # one micro-batch: a layer called once needs nothing kept
         self.calls = 0  # forward calls that the next backward pass comes back from
         self.passes = 0  # calls that it has come back from
@@ -61,7 +57,7 @@ class WeightGradient:
             found: Any = rows_of(self.kind, self.layer, x, delta, dtype)
             parts = [(rows.x, d) for rows, d in found]
             if self.once and self.calls == 1:
-                self.square = _square(parts)
+                self.square = self.norms(*_joined(parts))
                 return
             self.kept += parts
             self.tokens += sum(len(d) for _, d in parts)
@@ -85,7 +81,7 @@ class WeightGradient:
             return self.dense.square().sum(dtype=torch.float64)
         if self.kind == "embedding":
             return self.kept[0][1].square().sum(dtype=torch.float64)
-        return _square(self.kept)
+        return self.norms(*_joined(self.kept))
 
 
 def _columns(
@@ -102,15 +98,9 @@ def _columns(
     return unique, delta.new_zeros(len(unique), delta.shape[-1]).index_add_(0, where, delta)
 
 
-def _square(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """``‖Σ δᵀx‖²`` by whichever way takes fewer products."""
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     x, delta = (torch.cat(t) if len(t) > 1 else t[0] for t in zip(*parts, strict=True))
-    (T, n), m = x.shape, delta.shape[-1]
-    if T * (m + n) < m * n:
-        return ((x @ x.mT) * (delta @ delta.mT)).sum(dtype=torch.float64).clamp_min(0.0)
-    rows = max(1, BLOCK // n)
-    blocks = (delta[:, i : i + rows].mT @ x for i in range(0, m, rows))
-    return torch.stack([b.square().sum(dtype=torch.float64) for b in blocks]).sum()
+    return x, delta
 
 
 class Watch:
@@ -140,12 +130,13 @@ class Watch:
         _WATCHES[self.model] = self
 
     def _install(self, once: bool) -> None:
-        places = _places(self.model)
+        places, norms = _places(self.model), SquaredNorms()
         for pair in self.pairs:
             found = places.get(id(pair.A), [])
             if not found or pair.layout != "matrix":
                 continue  # experts and grouped convolutions have no call of their own
-            sink = WeightGradient(found[0][0], found[0][2], pair.shape, once and len(found) == 1)
+            alone = once and len(found) == 1
+            sink = WeightGradient(found[0][0], found[0][2], pair.shape, alone, norms)
             self._gradients[id(pair.A)] = sink
             for kind, module, first, last in found:
                 self._listen(kind, module, first, last, sink)

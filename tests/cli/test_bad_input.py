@@ -86,7 +86,8 @@ COMPARISONS = [
     ({"tasks": ["classification"]}, "'task' or 'tasks', not both"),
     ({"task": None, "tasks": ["classificaton"]}, "did you mean 'classification'"),
     ({"paper": {"lroa": {"x": 1}}}, "did you mean 'lora'"),
-    ({"paper": {"lora": {"x": [1, 2, 3]}}}, "expected a number or [mean, sd]"),
+    ({"paper": {"lora": {"classificatoin": 1}}}, "did you mean 'classification'"),
+    ({"paper": {"lora": {"classification": [1, 2, 3]}}}, "expected a number or [mean, sd]"),
     ({"columns": {"x": 5}}, "columns must be a mapping of mappings"),
     ({"title": ["x"]}, "title must be a line of text"),
 ]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -50,6 +51,42 @@ def test_what_is_saved_gives_the_loss_that_was_reported(classify, method):
     assert again["loss"] == pytest.approx(result["metrics"]["test"]["loss"], abs=1e-6)
     assert again["accuracy"] == result["metrics"]["test"]["accuracy"]
     assert json.loads((config.folder / "result.json").read_text()) == result
+
+
+COMBINATIONS = [
+    ("dora+lora-pro", {}),
+    ("dora+muon", {}),
+    ("lora+lora-pro-sgd", {"x": "symmetric"}),
+    ("pissa+lora-pro-factored", {"x": "zero"}),
+    ("lora-ga+lora-pro-full", {"lora_ga_objective": "sign"}),
+    ("lora-ga+lora-pro-muon", {"lora_ga_objective": "adam", "damping": 3.0}),
+    ("lora-ga+lora+", {"lora_ga_batch_size": 2, "loraplus_lr_ratio": 4.0}),
+]
+
+
+@pytest.mark.parametrize(("method", "more"), COMBINATIONS)
+def test_combinations_train_and_are_saved_as_they_were_reported(classify, method, more):
+    config = build_config({**classify, "method": method, "learning_rate": 3e-3, **more})
+    result = run(config)
+    assert result["status"] == "finished"
+    assert result["method"] == method
+    again = evaluate_target(str(config.folder))
+    assert again["loss"] == pytest.approx(result["metrics"]["test"]["loss"], abs=1e-5)
+
+
+def test_every_item_is_kept_in_the_order_of_the_test_rows(classify, tmp_path):
+    results = {}
+    for name, batch in (("a", 4), ("b", 7)):
+        values = {**classify, "method": "lora", "output_dir": str(tmp_path / name)}
+        results[name] = run(build_config({**values, "per_device_eval_batch_size": batch}))
+    items = [dict(np.load(tmp_path / name / "items.npz")) for name in ("a", "b")]
+    for key in ("loss", "correct", "label", "prediction", "weight"):
+        np.testing.assert_allclose(items[0][key], items[1][key], atol=1e-5)
+    task = make_task(build_config({**classify, "method": "lora"}))
+    assert items[0]["label"].tolist() == [example["labels"] for example in task.test]
+    test = results["a"]["metrics"]["test"]
+    assert items[0]["loss"].mean() == pytest.approx(test["loss"], abs=1e-6)
+    assert items[0]["correct"].mean() == pytest.approx(test["accuracy"])
 
 
 def test_the_adapter_is_an_ordinary_peft_adapter(classify, tiny_bert):

@@ -19,7 +19,8 @@ A recipe is a run's keys and, beside them:
     ``{row label: {column: number or [mean, sd]}}``, with the rows of ``methods``. ``columns`` says
     what a column of ours is, ``{column: {task: label, value: accuracy, scale: 100, further keys to
     select runs by: value}}``; ``value`` is a test metric or, with ``cost.``, a cost. A column that
-    is not listed is the main metric of the task of that name, in per cent.
+    is not listed is the main metric of the task of that name, in per cent; ``avg`` is the mean of
+    the columns before it.
 
 A *cell* is one method on one task at one point of the grid. A key of the recipe that a cell's task
 or method does not read is no part of that cell, so that full fine-tuning is run once for all ranks.
@@ -188,7 +189,7 @@ def load_comparison(
     points = grid_points(own.get("grid"))
     cells = _cells(where, base, columns, rows, points, toy)
     unread = _unread({**base, **{k: v for point in points for k, v in point.items()}}, cells)
-    paper, described = paper_numbers(own)
+    paper, described = paper_numbers(own, next(iter(columns)))
     title = own.get("title") or ""
     if not isinstance(title, str):
         raise UserError(f"title must be a line of text, found {title!r}")

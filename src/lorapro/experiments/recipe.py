@@ -23,6 +23,7 @@ __all__ = [
     "task_columns",
 ]
 
+AVERAGE = ("avg", "average")  # columns that the report makes of those before them
 FLAGS = ("seeds", "methods", "tasks", "strategy", "toy")
 
 
@@ -173,8 +174,11 @@ def seed_list(value: Any) -> tuple[int, ...]:
     return seeds
 
 
-def paper_numbers(own: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Check the paper's numbers: rows and tasks are the recipe's, numbers are numbers."""
+def paper_numbers(own: Mapping[str, Any], single: str) -> tuple[Any, Any]:
+    """Check the paper's numbers: rows and columns are the recipe's, numbers are numbers.
+
+    ``single`` is the task of a recipe without ``tasks``.
+    """
     paper, described = own.get("paper") or {}, own.get("columns") or {}
     for name, block in (("paper", paper), ("columns", described)):
         if not isinstance(block, Mapping) or not all(
@@ -184,17 +188,24 @@ def paper_numbers(own: Mapping[str, Any]) -> tuple[Any, Any]:
     for column, what in described.items():
         if "task" in what and own.get("tasks"):
             check_name(f"task of column {column!r}:", str(what["task"]), map(str, own["tasks"]))
+    known = [*map(str, described), *map(str, own.get("tasks") or [single]), *AVERAGE]
     for label, numbers in paper.items():
         check_name("row of 'paper'", str(label), map(str, own["methods"]))
         for column, number in numbers.items():
+            check_name(f"column of 'paper' in row {label!r}:", str(column), known)
+            if number is None:
+                continue  # the paper prints none
             pair = number if isinstance(number, list) else [number]
             if not 1 <= len(pair) <= 2 or not all(_is_number(n) for n in pair):
                 raise UserError(
                     f"paper: {label}: {column}: expected a number or [mean, sd], found {number!r}"
                 )
+    paper = {
+        str(label): {column: number for column, number in numbers.items() if number is not None}
+        for label, numbers in paper.items()
+    }
     return paper, described
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a table can print it: a number, or what a paper prints instead (``> 48``)."""
-    return value is None or (isinstance(value, int | float | str) and not isinstance(value, bool))
+    return isinstance(value, int | float) and not isinstance(value, bool)

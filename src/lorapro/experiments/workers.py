@@ -45,7 +45,9 @@ class Workers(Protocol):
 
 
 class Tasks:
-    """Tasks by what they depend on: most comparisons need few."""
+    """Prepared tasks by what they depend on, the last few: runs of one task follow each other."""
+
+    most = 4
 
     def __init__(self, log: Callable[[str], None] | None = None) -> None:
         self._known: dict[str, Any] = {}
@@ -60,6 +62,8 @@ class Tasks:
         source = (family.model_name, family.data_name, family.data_config, run.dtype)
         name = repr((config.entry.name, config.task, *source, *samples))
         if name not in self._known:
+            while len(self._known) >= self.most:
+                del self._known[next(iter(self._known))]
             self._known[name] = make_task(config, self._log)
         return self._known[name]
 

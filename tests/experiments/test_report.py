@@ -233,6 +233,14 @@ def test_the_gap_may_lead_to_the_better_rule_of_full_fine_tuning(tmp_path):
     assert comparison(tmp_path, target="better").gap.size == pytest.approx(-0.208)
 
 
+def test_the_compact_form_remembers_where_gaps_lead(tmp_path, capsys):
+    losses = {**LOSSES, "full-muon": (0.5, 0.51, 0.50, 0.49, 0.5)}
+    root, out = str(write_losses(tmp_path / "x", losses)), str(tmp_path / "c")
+    assert main(["report", root, "--target", "better", "--compact", out]) == 0
+    assert main(["report", out]) == 0
+    assert capsys.readouterr().out.count("Gap from lora to full-muon") == 4
+
+
 def test_diverged_seeds_are_counted_and_shown(tmp_path):
     write_losses(tmp_path)
     write_run(tmp_path, "dora", 1e-3, 5, status="diverged")

@@ -30,12 +30,14 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--figure_format", default="png", help="png or svg [png]")
     parser.add_argument("--measure", help="what is compared [test_loss where there is one]")
     parser.add_argument(
-        "--target", default="full", help="row that a gap leads to, or 'better' [full]"
+        "--target", help="row that gaps lead to; 'better': of the rows of full fine-tuning [full]"
     )
     parser.add_argument("--baseline", help="row that the others are compared with [lora]")
     parser.add_argument("--against", metavar="KEY", help="draw the measure against this config key")
     parser.add_argument(
-        "--compact", metavar="DIR", help="write results.json there: all that a report needs"
+        "--compact",
+        metavar="DIR",
+        help="write results.json there: all that a report needs, --target included",
     )
     given = parser.parse_strictly(arguments)
     output = None if given.output is None else Path(given.output)
@@ -56,7 +58,7 @@ def run(arguments: Sequence[str]) -> None:
     labels = dict.fromkeys(map(str, results.runs["label"]))
     if given.baseline is not None:
         check_name("row", given.baseline, labels)
-    if given.target not in ("full", "better"):
+    if given.target not in (None, "full", "better"):
         check_name("row", given.target, labels)
     report = Report(results, given.measure, given.target, given.baseline, given.against)
     console = Console()
@@ -72,6 +74,7 @@ def run(arguments: Sequence[str]) -> None:
         for name in names:
             folder = Path(given.compact) / (name if len(names) > 1 else "")
             folder.mkdir(parents=True, exist_ok=True)
+            results.experiments[name].target = given.target or results.experiments[name].target
             write_results(results, name, folder)
             written.append(folder / "results.json")
     for path in written:

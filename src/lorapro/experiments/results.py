@@ -54,6 +54,7 @@ class Experiment:
         columns: what a column of ``paper`` is, see :mod:`lorapro.experiments.plan`.
         reported: numbers of our own, by measure, of which only mean and deviation are known.
         toy: whether the recipe was cut down to toy size.
+        target: the row that gaps lead to, where it is not ``full`` (see ``lorapro report --help``).
     """
 
     title: str = ""
@@ -61,6 +62,7 @@ class Experiment:
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     reported: Numbers = field(default_factory=dict)
     toy: bool = False
+    target: str = ""
 
 
 @dataclass
@@ -371,5 +373,6 @@ def _read_compact(root: Path) -> tuple[list[dict[str, Any]], Experiment]:
         stored.get("columns", {}),
         _numbers(stored.get("reported", {}), path),
         bool(stored.get("toy")),
+        str(stored.get("target", "")),
     )
     return rows, about

@@ -53,7 +53,7 @@ class Report:
 
     results: Results
     measure: str | None = None
-    target: str = TARGET
+    target: str | None = None  # default: what the experiment says, else full fine-tuning
     baseline: str | None = None
     against: str | None = None  # a swept variable to draw
 
@@ -65,7 +65,8 @@ class Report:
         return [self._compare(problem) for problem in found]
 
     def _compare(self, problem: Problem) -> Comparison:
-        return compare(problem, self.measure, baseline=self.baseline, target=self.target)
+        target = self.target or self.results.experiments[problem.experiment].target or TARGET
+        return compare(problem, self.measure, baseline=self.baseline, target=target)
 
     @property
     def toy(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorapro import diagnostics as diagnostics
+    from lorapro import distributed as distributed
     from lorapro import functional as functional
     from lorapro import lora_ga as lora_ga
     from lorapro.export import save_merged as save_merged
@@ -39,6 +40,7 @@ _PLACES = {
 }
 _MODULES = (
     "diagnostics",
+    "distributed",
     "export",
     "factors",
     "functional",

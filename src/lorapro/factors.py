@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,20 @@ class UnalignableLayerError(ValueError):
     """A trainable adapter layer has no pair ``s·B·A`` that could be aligned."""
 
 
+class Live(NamedTuple):
+    """What an adapter layer says of itself now; its own containers, by reference.
+
+    Attributes:
+        key: the adapter.
+        scalings: scaling of every adapter of the layer.
+        merged: the adapters that are merged into the base weight.
+    """
+
+    key: str
+    scalings: dict[str, float]
+    merged: list[str]
+
+
 @dataclass(frozen=True)
 class LoraPair:
     """One adapted weight: two parameters, their scaling, how they are matrices.
@@ -77,6 +91,7 @@ class LoraPair:
         blocks: number k of pairs held in the two parameters; 1 for ``"matrix"``.
         base: the frozen weight ``W0``, for weight decay in full mode; ``None`` if there is none
             that could be scaled in place (a quantized one, say).
+        live: where the layer keeps its scaling, which may change during training.
 
     Raises:
         ValueError: shapes that do not make a pair, or a scaling that is not a positive number.
@@ -95,6 +110,7 @@ class LoraPair:
     layout: str = "matrix"
     blocks: int = 1
     base: nn.Parameter | None = field(default=None, repr=False)
+    live: Live | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -106,7 +122,8 @@ class LoraPair:
         stored = f"pair {self.name!r}: A {tuple(self.A.shape)} and B {tuple(self.B.shape)}"
         if min(self.A.dim(), self.B.dim()) < 2:
             raise ValueError(
-                f"{stored}, expected matrices; pair factors before ZeRO-3 or FSDP flattens them."
+                f"{stored}, expected matrices; FSDP1 and ZeRO-3 flatten them: use FSDP2 "
+                "(torch.distributed.fsdp.fully_shard), or lorapro.align_gradients under ZeRO-1, 2."
             )
         try:
             A, B = self._shapes()
@@ -116,6 +133,32 @@ class LoraPair:
             ) from error
         if A[-2] != B[-1]:
             raise ValueError(f"{stored} differ in rank; expected A (r, n) and B (m, r).")
+
+    def current_scaling(self) -> float:
+        """``s`` as the layer has it now.
+
+        Raises:
+            ValueError: the adapter is gone or merged since the pair was made.
+        """
+        if self.live is None:
+            return self.scaling
+        key, scalings, merged = self.live
+        if key not in scalings:
+            raise ValueError(
+                f"pair {self.name!r}: adapter {key!r} was deleted after the optimizer was built; "
+                "build a new one."
+            )
+        if key in merged:
+            raise ValueError(
+                f"pair {self.name!r}: adapter {key!r} is merged into its base weight and gets no "
+                "gradient; unmerge it before training goes on."
+            )
+        scaling = float(scalings[key])
+        if not (scaling > 0 and math.isfinite(scaling)):
+            raise ValueError(
+                f"pair {self.name!r} has scaling {scaling!r}, expected a positive number."
+            )
+        return scaling
 
     def _shapes(self) -> tuple[torch.Size, torch.Size]:
         A, B = (torch.empty(p.shape, device="meta") for p in (self.A, self.B))
@@ -145,7 +188,7 @@ def as_A(A: Tensor, layout: str, blocks: int) -> Tensor:
 def as_B(B: Tensor, layout: str, blocks: int) -> Tensor:
     """View of a B-shaped tensor as (k, m, r)."""
     if layout == "experts":
-        return B.reshape(B.shape[0], -1, blocks).permute(2, 0, 1)
+        return B.reshape(B.shape[0], B.shape[1] // blocks, blocks).permute(2, 0, 1)
     return B.reshape(1 if layout == "matrix" else blocks, -1, B.shape[1:].numel())
 
 
@@ -276,7 +319,8 @@ def _pairs_of(name: str, module: Any, key: str) -> list[LoraPair]:
     if not (A.requires_grad or B.requires_grad):
         return []
     scaling = float(module.scaling[key])
-    return [LoraPair(name, A, B, scaling, layout, blocks, _base_weight(module))]
+    live = Live(key, module.scaling, getattr(module, "merged_adapters", []))
+    return [LoraPair(name, A, B, scaling, layout, blocks, _base_weight(module), live)]
 
 
 def _obstacle(module: Any, key: str) -> str | None:

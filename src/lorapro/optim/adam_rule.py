@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lorapro.optim.sharding import local, zeros_like_columns
+
 __all__ = ["EXP_AVG", "EXP_AVG_SQ", "STEP", "AdamRule", "plain_gradients"]
 
 STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
@@ -44,19 +46,6 @@ class AdamRule:
         """One entry of the state of every parameter."""
         return [self.state[p][key] for p in params]
 
-    def check_state(self, p: Tensor, key: str, count: int) -> None:
-        """Refuse a state that was loaded and has not as many numbers as it should.
-
-        Raises:
-            ValueError: names the entry and both sizes.
-        """
-        held = self.state[p][key]
-        if held.numel() != count:
-            raise ValueError(
-                f"{key} of a pair is {tuple(held.shape)}, expected {count} numbers: the state "
-                "loaded was saved for another model or rank."
-            )
-
     def new_adam_state(self, p: Tensor, shape: torch.Size | None = None) -> None:
         """Make the step counter and two moments of a parameter, in its dtype.
 
@@ -65,7 +54,7 @@ class AdamRule:
         """
         dtype = torch.float32 if shape is not None and p.dtype == torch.float16 else p.dtype
         moments = [
-            torch.zeros_like(p) if shape is None else p.new_zeros(shape, dtype=dtype)
+            torch.zeros_like(p) if shape is None else zeros_like_columns(p, shape, 1, dtype)
             for _ in range(2)
         ]
         self.state[p][STEP] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -79,11 +68,13 @@ class AdamRule:
             if not self.state[p]:
                 self.new_adam_state(p)
             for key in (EXP_AVG, EXP_AVG_SQ):
-                self.check_state(p, key, p.numel())
+                self.check_state(p, key, p.shape)
         # The fused kernel goes through memory in order, whatever the strides; it does not compile.
         compiling = torch.compiler.is_compiling()
-        where = [params, self.held(params, EXP_AVG), self.held(params, EXP_AVG_SQ)]
-        values = [[t.contiguous() for t in held] for held in where]
+        steps = self.held(params, STEP)
+        held = (params, self.held(params, EXP_AVG), self.held(params, EXP_AVG_SQ))
+        where, grads = [local(tensors) for tensors in held], local(grads)
+        values = [[t.contiguous() for t in old] for old in where]
         dense, m, v = values
         adamw(
             dense,
@@ -91,7 +82,7 @@ class AdamRule:
             m,
             v,
             [],
-            self.held(params, STEP),
+            steps,
             fused=not compiling,
             foreach=compiling,
             capturable=compiling,
@@ -103,7 +94,7 @@ class AdamRule:
             eps=group["eps"],
             maximize=False,
         )
-        for held, new in zip(where, values, strict=True):
-            for t, value in zip(held, new, strict=True):
+        for old, new in zip(where, values, strict=True):
+            for t, value in zip(old, new, strict=True):
                 if value is not t:  # contiguous() gave a copy
                     t.copy_(value)

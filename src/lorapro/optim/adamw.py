@@ -19,6 +19,7 @@ from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, plain_gradients
 from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.batches import Batches, Part, batches_of
 from lorapro.optim.rules import Direction, Tangent, factored_adam, gram, squared_means
+from lorapro.optim.sharding import local, zeros_like_columns
 from lorapro.optim.tangent import DAMPING, Rule, TangentOptimizer, shrunk, store, tangent_of
 
 __all__ = ["MODES", "LoraProAdamW"]
@@ -152,24 +153,28 @@ class LoraProAdamW(TangentOptimizer):
         at = batches.point()
         G = tangent_of(at, *align_at(at, *batches.gradients(), x="zero"))
         self._make_full_state(batches)
-        steps, m, v = (self.held(batches.B, key) for key in (STEP, EXP_AVG, EXP_AVG_SQ))
+        steps = self.held(batches.B, STEP)
+        m, v = (local(self.held(batches.B, key)) for key in (EXP_AVG, EXP_AVG_SQ))
         torch._foreach_add_(steps, 1)
         t = batches.per_matrix(steps)
         (beta1, beta2), s = group["betas"], at.s.to(at.dtype)
         root = (1 - beta2**t).sqrt()
         corrections = (group["eps"] * root, root / (1 - beta1**t))
         sizes = [part.count for part in batches.parts]
-        h_A, h_B = [], []
+        A, G_A = batches.whole_A(at.A), batches.whole_A(G.A)
+        h_A: Rows = []
+        h_B: Rows = []
         first = 0
         for i, part in enumerate(batches.parts):
             here = slice(first, first + len(part.B))
             first = here.stop
             eps, size = (c.to(at.dtype).split(sizes)[i] for c in corrections)
             s_i = s.split(sizes)[i]
-            g = torch.baddbmm(G.B[i].mT @ at.A[i], at.B[i].mT, G.A[i]).mul_(s_i)
+            g = torch.baddbmm(G.B[i].mT @ A[i], at.B[i].mT, G_A[i]).mul_(s_i)
             h = _adam_direction(part, g, m[here], v[here], (beta1, beta2), eps).mul_(size * s_i)
             h_A.append(at.B[i] @ h)
-            h_B.append(at.A[i] @ h.mT)
+            h_B.append(A[i] @ h.mT)
+        h_A = batches.sum_to_A(h_A)
         if group["damping"]:
             length = step_length(at, gram(h_B, at))
             at = at.damped(group["damping"] * group["lr"] * length)
@@ -192,7 +197,7 @@ class LoraProAdamW(TangentOptimizer):
                 if not self.state[B]:
                     self.new_adam_state(B, shape=torch.Size((part.blocks, m, n)))
                 for key in (EXP_AVG, EXP_AVG_SQ):
-                    self.check_state(B, key, part.blocks * m * n)
+                    self.check_state(B, key, (part.blocks, m, n))
 
     def decay(self, group: dict[str, Any]) -> float:
         """β1 of factored mode."""
@@ -202,21 +207,24 @@ class LoraProAdamW(TangentOptimizer):
         """Momentum and the two means of factored mode."""
         super().new_state(A, B, blocks)
         rank = A.shape[0] // blocks if A.shape[0] % blocks == 0 else A.shape[0]
-        self.state[B][ROWS] = B.new_zeros(blocks, B.numel() // (rank * blocks))
-        self.state[A][COLUMNS] = A.new_zeros(blocks, A.numel() // (rank * blocks))
+        m, n = (p.numel() // (rank * blocks) for p in (B, A))
+        self.state[B][ROWS] = zeros_like_columns(B, (blocks, m), 1)
+        self.state[A][COLUMNS] = zeros_like_columns(A, (blocks, n), 1)
 
     def rule(self, group: dict[str, Any], batches: Batches) -> Rule:
         """Factored mode: AdamW with row and column means for a second moment."""
         beta1, beta2 = group["betas"]
         t = batches.per_matrix(self.held(batches.B, STEP))
+        m, n = (batches.per_part(lambda shape, i=i: shape[i]) for i in range(2))
 
         def direction(at: Point, M: Tangent, G: Tangent) -> Direction:
-            rows, columns = squared_means(at, G)
+            rows, columns = squared_means(at, G, m, n)
             of_A, of_B = [part.A for part in batches.parts], [part.B for part in batches.parts]
             rows = self._average(batches, of_B, ROWS, rows, beta2)
             columns = self._average(batches, of_A, COLUMNS, columns, beta2)
             root = (1 - beta2**t).sqrt()
-            return factored_adam(at, M, rows, columns, root / (1 - beta1**t), group["eps"] * root)
+            scale, eps = root / (1 - beta1**t), group["eps"] * root
+            return factored_adam(at, M, rows, columns, m, scale, eps)
 
         return direction
 
@@ -224,7 +232,7 @@ class LoraProAdamW(TangentOptimizer):
         self, batches: Batches, params: list[list[Tensor]], key: str, new: Rows, beta: float
     ) -> Rows:
         """Moving averages of what is kept of the parameters of every part."""
-        held = [self.held(of_part, key) for of_part in params]
+        held = [local(self.held(of_part, key)) for of_part in params]
         dtype = held[0][0].dtype
         values = [
             v

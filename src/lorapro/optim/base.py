@@ -9,15 +9,17 @@ Roles of a parameter group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorapro.choices import check_choice
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
+from lorapro.optim.sharding import local, sharding_of
 
 __all__ = ["BASE", "PAIRS", "PLAIN", "PairOptimizer"]
 
@@ -58,6 +60,11 @@ class PairOptimizer(Optimizer):
         group.setdefault("role", PLAIN)
         check_choice("x", group.get("x", self.defaults["x"]), X_CHOICES)
         _check_lr(group.get("lr", self.defaults["lr"]))
+        if group["role"] == PAIRS:
+            for pair, A, B in zip(
+                group["pairs"], group["params"][::2], group["params"][1::2], strict=True
+            ):
+                sharding_of(pair, A, B)  # refuses what no step could work with
         moved = self.bases_to_move(group)
         super().add_param_group(group)
         if moved:
@@ -86,6 +93,7 @@ class PairOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients()
         for group in self.param_groups:
             if group["role"] == BASE:
                 self._decay_bases(group)
@@ -93,9 +101,45 @@ class PairOptimizer(Optimizer):
                 self.update(group)
         return loss
 
+    def _check_gradients(self) -> None:
+        """Refuse a step in which no pair has a gradient: its factors are not the model's.
+
+        Raises:
+            ValueError: names the first pair.
+        """
+        groups = [group for group in self.param_groups if group["role"] == PAIRS]
+        if not any(p.grad is not None for group in groups for p in group["params"]):
+            raise no_gradient(groups[0]["pairs"])
+
+    def check_state(self, p: Tensor, key: str, shape: Sequence[int]) -> None:
+        """Refuse a state that was loaded and has another shape than it should.
+
+        Raises:
+            ValueError: names the parameter, the entry and both shapes.
+        """
+        held = self.state[p][key]
+        if held.shape != torch.Size(shape) or hasattr(p, "placements") > hasattr(
+            held, "placements"
+        ):
+            kind = "" if held.shape != torch.Size(shape) else " of a DTensor"
+            raise ValueError(
+                f"{key} of {self.name_of(p)} is {tuple(held.shape)}, expected {tuple(shape)}{kind}"
+                ": the state loaded was saved for another model, rank or sharding."
+            )
+
+    def name_of(self, p: Tensor) -> str:
+        """What a parameter is called in messages."""
+        for group in self.param_groups:
+            for i, q in enumerate(group["params"]):
+                if p is q and "pairs" in group:
+                    return f"factor {'AB'[i % 2]} of pair {group['pairs'][i // 2].name!r}"
+                if p is q and "names" in group:
+                    return repr(group["names"][i])
+        return "a parameter"
+
     def _decay_bases(self, group: dict[str, Any]) -> None:
         if group["weight_decay"]:
-            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(local(group["params"]), 1 - group["lr"] * group["weight_decay"])
             for p in group["params"]:
                 p.lorapro_decayed = True  # read when an adapter is exported without its base
 
@@ -175,6 +219,15 @@ class PairOptimizer(Optimizer):
             if group["role"] == BASE:
                 for p in group["params"]:
                     self.state.pop(p, None)
+
+
+def no_gradient(pairs: Sequence[LoraPair]) -> ValueError:
+    """The error of a step in which no pair has a gradient."""
+    return ValueError(
+        f"none of {len(pairs)} pairs has a gradient (the first is {pairs[0].name!r}): call "
+        "backward() before step(), and build the optimizer or hook from the parameters that the "
+        "model trains now, after fully_shard, FSDP or anything else that makes new ones."
+    )
 
 
 def _rule(group: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 The optimizers see a group of pairs as a few :class:`Batches`: all pairs of one rank, precision,
 device and of the same trained factors, in one part for every shape. What a step computes is rows
 (``lorapro.gram``), one tensor a part, so that the number of operations depends on how many shapes
-there are, not on how many pairs.
+there are, not on how many pairs. Of sharded factors, rows are what this process holds of them,
+shapes those of the whole; ``lorapro.optim.sharding`` says what is summed.
 
 Shape letters: k pairs of a part; m, n rows and columns of W; r rank.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from lorapro.factors import LoraPair, as_A, as_B, from_A, from_B
 from lorapro.functional import Point, point_at
 from lorapro.gram import Rows
+from lorapro.optim.sharding import Sharding, local, sharding_of
 
 __all__ = ["Batches", "batches_of"]
 
@@ -52,8 +54,12 @@ class Part:
     def shape(self) -> tuple[int, int]:
         """(m, n) of the adapted weights."""
         m, n = self.B[0].numel(), self.A[0].numel()
-        rank = as_A(self.A[0], self.layout, self.blocks).shape[-2]
-        return m // (rank * self.blocks), n // (rank * self.blocks)
+        return m // (self.rank * self.blocks), n // (self.rank * self.blocks)
+
+    @property
+    def rank(self) -> int:
+        """Rank r."""
+        return self.A[0].shape[0] // (1 if self.layout == "matrix" else self.blocks)
 
     def stack_A(self, like_A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """A-like tensors as (k, r, n)."""
@@ -72,7 +78,8 @@ class Part:
         X = X.to(self.A[0].dtype)
         if self.layout == "matrix" and self.A[0].dim() == 2:
             return X.unbind()
-        return [from_A(x, like) for x, like in zip(X.split(self.blocks), self.A, strict=True)]
+        parts = X.split(self.blocks)
+        return [from_A(x, like) for x, like in zip(parts, local(self.A), strict=True)]
 
     def unstack_B(self, X: Tensor) -> Sequence[Tensor]:
         """(k, r, m) as tensors like the stored B."""
@@ -80,7 +87,7 @@ class Part:
         if self.layout == "matrix" and self.B[0].dim() == 2:
             return X.unbind()
         parts = X.split(self.blocks)
-        return [from_B(x, like, self.layout) for x, like in zip(parts, self.B, strict=True)]
+        return [from_B(x, like, self.layout) for x, like in zip(parts, local(self.B), strict=True)]
 
 
 @dataclass
@@ -91,11 +98,13 @@ class Batches:
         parts: one for each shape.
         moves_A: whether A has a gradient; else it stays and B solves the problem alone.
         moves_B: likewise.
+        sharding: how processes share the factors; ``None`` where each has its own.
     """
 
     parts: list[Part]
     moves_A: bool
     moves_B: bool
+    sharding: Sharding | None = None
 
     @property
     def A(self) -> list[Tensor]:
@@ -120,11 +129,28 @@ class Batches:
 
     def rows_A(self, read: Callable[[Tensor], Tensor]) -> Rows:
         """``read(A)`` of every pair as rows (k, r, n)."""
-        return [part.stack_A([read(p) for p in part.A], self.dtype) for part in self.parts]
+        held = [[read(p) for p in part.A] for part in self.parts]
+        if self.sharding is not None:
+            held = [local(of_part) for of_part in held]
+            if self.sharding.A_by_rows:
+                stacked = [torch.stack([t.flatten(1) for t in of_part]) for of_part in held]
+                X = self.sharding.to_columns(stacked, [part.A[0].shape[0] for part in self.parts])
+                return [
+                    x.reshape(part.count, part.rank, x.shape[-1]).to(self.dtype)
+                    for part, x in zip(self.parts, X, strict=True)
+                ]
+        return [part.stack_A(t, self.dtype) for part, t in zip(self.parts, held, strict=True)]
 
     def rows_B(self, read: Callable[[Tensor], Tensor]) -> Rows:
         """``read(B)`` of every pair as rows (k, r, m)."""
-        return [part.stack_B([read(p) for p in part.B], self.dtype) for part in self.parts]
+        held = [[read(p) for p in part.B] for part in self.parts]
+        if self.sharding is not None:
+            held = [local(of_part) for of_part in held]
+            if self.sharding.B_by_rows:
+                stacked = [torch.stack([t.flatten(1) for t in of_part]).mT for of_part in held]
+                X = self.sharding.to_columns(stacked, [part.rank for part in self.parts])
+                return [x.to(self.dtype) for x in X]
+        return [part.stack_B(t, self.dtype) for part, t in zip(self.parts, held, strict=True)]
 
     def gradients(self) -> tuple[Rows | None, Rows | None]:
         """Gradients of A and of B as rows, ``None`` where there is none."""
@@ -136,8 +162,20 @@ class Batches:
     def point(self) -> Point:
         """The factors."""
         s = self.per_pair([s for part in self.parts for s in part.scalings for _ in _of(part)])
-        A = [part.stack_A(part.A, self.dtype) for part in self.parts]
-        return point_at(A, [part.stack_B(part.B, self.dtype) for part in self.parts], s)
+        A, B = self.rows_A(lambda p: p), self.rows_B(lambda p: p)
+        return (
+            point_at(A, B, s) if self.sharding is None else point_at(A, B, s, self.sharding.total)
+        )
+
+    def whole_A(self, X: Rows) -> Rows:
+        """Rows (k, r, n) with all columns, of which this process may have a part."""
+        if self.sharding is None:
+            return X
+        return self.sharding.whole(X, [part.shape[1] for part in self.parts])
+
+    def sum_to_A(self, X: Rows) -> Rows:
+        """Rows (k, r, n) summed over processes that hold parts of B, as A is split."""
+        return X if self.sharding is None else self.sharding.sum_to_columns(X)
 
     def per_pair(self, values: Sequence[float]) -> Tensor:
         """A number for every pair of matrices, (k, 1, 1) in float64."""
@@ -157,11 +195,27 @@ class Batches:
         return values[:, None, None]
 
     def unstack_A(self, X: Rows) -> list[Tensor]:
-        """Rows as tensors like the parameters of A, in the order of :attr:`A`."""
+        """Rows as tensors like what is held of the parameters of A, in the order of :attr:`A`."""
+        if self.sharding is not None and self.sharding.A_by_rows:
+            stacked = [
+                x.to(part.A[0].dtype).reshape(len(part.A), part.A[0].shape[0], x.shape[-1])
+                for part, x in zip(self.parts, X, strict=True)
+            ]
+            rows = self.sharding.to_rows(stacked, [part.shape[1] for part in self.parts])
+            held = local(self.A)
+            return [t.view_as(p) for t, p in zip((t for x in rows for t in x), held, strict=True)]
         return [t for part, x in zip(self.parts, X, strict=True) for t in part.unstack_A(x)]
 
     def unstack_B(self, X: Rows) -> list[Tensor]:
-        """Rows as tensors like the parameters of B, in the order of :attr:`B`."""
+        """Rows as tensors like what is held of the parameters of B, in the order of :attr:`B`."""
+        if self.sharding is not None and self.sharding.B_by_rows:
+            stacked = [x.to(p.B[0].dtype) for p, x in zip(self.parts, X, strict=True)]
+            rows = self.sharding.to_rows(stacked, [part.shape[0] for part in self.parts])
+            held = local(self.B)
+            return [
+                t.mT.reshape(p.shape)
+                for t, p in zip((t for x in rows for t in x), held, strict=True)
+            ]
         return [t for part, x in zip(self.parts, X, strict=True) for t in part.unstack_B(x)]
 
     def unstack_moved(self, X_A: Rows | None, X_B: Rows | None) -> list[Tensor]:
@@ -180,12 +234,14 @@ def batches_of(pairs: Sequence[LoraPair], params: Sequence[Tensor]) -> list[Batc
     """
     found: dict[tuple[object, ...], tuple[Batches, dict[object, Part]]] = {}
     for pair, A, B in zip(pairs, params[::2], params[1::2], strict=True):
+        scaling = pair.current_scaling()
         moves = A.grad is not None, B.grad is not None
         if not any(moves):
             continue
+        sharding = sharding_of(pair, A, B)
         rank = A.shape[0] // (1 if pair.layout == "matrix" else pair.blocks)
-        together = rank, A.dtype, B.dtype, A.device, moves
-        batches, open_parts = found.setdefault(together, (Batches([], *moves), {}))
+        together = rank, A.dtype, B.dtype, A.device, moves, sharding
+        batches, open_parts = found.setdefault(together, (Batches([], *moves, sharding), {}))
         alike = pair.layout, pair.blocks, A.shape, B.shape
         part = open_parts.get(alike)
         if part is None or part.is_full:
@@ -193,7 +249,7 @@ def batches_of(pairs: Sequence[LoraPair], params: Sequence[Tensor]) -> list[Batc
             batches.parts.append(part)
         part.A.append(A)
         part.B.append(B)
-        part.scalings.append(pair.scaling)
+        part.scalings.append(scaling)
     return [batches for batches, _ in found.values()]
 
 
@@ -201,6 +257,8 @@ def _gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
     if p.grad.is_sparse:
         raise ValueError("a low-rank factor has a sparse gradient; use sparse=False.")
+    if hasattr(p, "placements") and p.grad.placements != p.placements:
+        return p.grad.redistribute(p.device_mesh, p.placements)
     return p.grad
 
 

@@ -14,7 +14,9 @@ from lorapro.choices import check_choice
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
 from lorapro.optim.adamw import efficient_directions
+from lorapro.optim.base import no_gradient
 from lorapro.optim.batches import batches_of
+from lorapro.optim.sharding import local
 from lorapro.param_groups import lora_param_groups
 
 __all__ = ["align_gradients"]
@@ -79,13 +81,27 @@ def align_gradients(
                 "build it from the parameters of this model."
             )
 
+    # Where each factor sits in the optimizer: accelerate exchanges parameters for sharded ones.
+    places = {
+        id(p): (g, i)
+        for g, held in enumerate(inner.param_groups)
+        for i, p in enumerate(held["params"])
+    }
+    where = [places.get(id(p)) for p in group["params"]]
+
     @torch.no_grad()
     def align_now() -> None:
-        for batches in batches_of(pairs_, group["params"]):
+        params = [
+            p if at is None else inner.param_groups[at[0]]["params"][at[1]]
+            for p, at in zip(group["params"], where, strict=True)
+        ]
+        if all(p.grad is None for p in params):
+            raise no_gradient(pairs_)
+        for batches in batches_of(pairs_, params):
             reach = damping * _lr_of(inner, batches.moved[0]) if damping else 0.0
             directions = efficient_directions(batches, x, reach)
             held: list[Any] = [p.grad for p in batches.moved]
-            torch._foreach_copy_(held, batches.unstack_moved(*directions))
+            torch._foreach_copy_(local(held), batches.unstack_moved(*directions))
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

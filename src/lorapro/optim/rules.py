@@ -96,24 +96,22 @@ def muon(at: Point, M: Tangent, speed: Tensor) -> Direction:
     return Direction(left, right, core, left_B, right_A, left_left)
 
 
-def squared_means(at: Point, G: Tangent) -> tuple[Rows, Rows]:
+def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Rows]:
     """Means of g̃∘g̃ over columns (k, m) and over rows (k, n) of ``g̃ = s·(B·G_A + G_B·A)``.
 
     ``g̃ = s·L·R``, so the squares of row i sum to ``s²·l·(R·Rᵀ)·lᵀ`` with l row i of L; likewise for
-    columns. g̃ is not formed.
+    columns. g̃ is not formed. m and n are (k, 1, 1): of the whole weight, wherever its rows are held.
     """
     right, left = G.frame(at)
     square, means = at.s.square(), []
-    for rows, others in ((left, right), (right, left)):
-        lengths = [y.shape[-1] for y in others for _ in y]
-        size = square / torch.tensor(lengths, device=at.s.device)[:, None, None]
-        seen = combine((size * gram(others, at), rows))
+    for rows, others, length in ((left, right, n), (right, left, m)):
+        seen = combine((square / length * gram(others, at), rows))
         means.append([(x * y).sum(-2) for x, y in zip(seen, rows, strict=True)])
     return means[0], means[1]
 
 
 def factored_adam(
-    at: Point, M: Tangent, rows: Rows, columns: Rows, scale: Tensor, eps: Tensor
+    at: Point, M: Tangent, rows: Rows, columns: Rows, m: Tensor, scale: Tensor, eps: Tensor
 ) -> Direction:
     """AdamW with a second moment of row and column means: ``h = D_row·M̂·D_col``.
 
@@ -125,14 +123,16 @@ def factored_adam(
         M: the first moment.
         rows: second moments of the rows of W (k, m).
         columns: of its columns (k, n).
+        m: rows of the whole weight, (k, 1, 1).
         scale: (k, 1, 1), both bias corrections: ``√(1 − β2ᵗ)/(1 − β1ᵗ)``.
         eps: ``ε·√(1 − β2ᵗ)``, (k, 1, 1).
     """
     right, left = M.frame(at)
     floors = eps[..., 0].to(at.dtype).split([len(x) for x in right])
     noise = 16 * torch.finfo(at.dtype).eps  # where no more was seen, M holds no more either
-    for i, (row, column, floor) in enumerate(zip(rows, columns, floors, strict=True)):
-        mean = row.mean(-1, keepdim=True)
+    sums = at.total(torch.cat([row.sum(-1, dtype=at.s.dtype) for row in rows]))
+    means = (sums / m[:, 0, 0])[:, None].to(at.dtype).split([len(x) for x in right])
+    for i, (row, column, floor, mean) in enumerate(zip(rows, columns, floors, means, strict=True)):
         least = noise * mean
         weight = (mean / torch.maximum(row, least)).sqrt().nan_to_num()
         left[i] = left[i] * weight[:, None]

@@ -13,6 +13,7 @@ from lorapro.optim.adam_rule import plain_gradients
 from lorapro.optim.base import PAIRS, PairOptimizer
 from lorapro.optim.batches import batches_of
 from lorapro.optim.rules import gram
+from lorapro.optim.sharding import local
 
 __all__ = ["LoraProSGD"]
 
@@ -91,13 +92,15 @@ class LoraProSGD(PairOptimizer):
     def _descend(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
             return
+        held, params, grads = params, local(params), local(grads)
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         if group["momentum"]:
-            for p in params:
+            for p in held:
                 if MOMENTUM not in self.state[p]:
                     self.state[p][MOMENTUM] = torch.zeros_like(p)
-            buffers = [self.state[p][MOMENTUM] for p in params]
+                self.check_state(p, MOMENTUM, p.shape)
+            buffers = local([self.state[p][MOMENTUM] for p in held])
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
             grads = buffers

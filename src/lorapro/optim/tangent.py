@@ -31,6 +31,7 @@ from lorapro.optim.adam_rule import STEP, AdamRule
 from lorapro.optim.base import PairOptimizer
 from lorapro.optim.batches import Batches, batches_of
 from lorapro.optim.rules import Direction, Tangent
+from lorapro.optim.sharding import local
 
 __all__ = ["DAMPING", "Rule", "TangentOptimizer", "align_direction", "transport"]
 
@@ -70,8 +71,8 @@ class TangentOptimizer(AdamRule, PairOptimizer):
                 for A, B in zip(part.A, part.B, strict=True):
                     if MOMENTUM not in self.state[B]:
                         self.new_state(A, B, part.blocks)
-                    self.check_state(B, MOMENTUM, B.numel())
-                    self.check_state(A, MOMENTUM, A.numel())
+                    self.check_state(B, MOMENTUM, B.shape)
+                    self.check_state(A, MOMENTUM, A.shape)
             torch._foreach_add_(self.held(batches.B, STEP), 1)
             at = batches.point()
             M = Tangent(
@@ -191,4 +192,4 @@ def transport(old: Point, M: Tangent, new: Point) -> Tangent:
 def store(held: list[Tensor], values: list[Tensor]) -> None:
     """Copy values to the tensors that hold them."""
     if held:
-        torch._foreach_copy_(held, values)
+        torch._foreach_copy_(local(held), values)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lorapro.optim.base import PairOptimizer
 from lorapro.optim.sharding import local, zeros_like_columns
 
 __all__ = ["EXP_AVG", "EXP_AVG_SQ", "STEP", "AdamRule", "plain_gradients"]
@@ -29,10 +30,8 @@ def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     return params, grads
 
 
-class AdamRule:
-    """Mix-in for optimizers whose groups carry ``betas``, ``eps``, ``lr`` and ``weight_decay``."""
-
-    state: Any
+class AdamRule(PairOptimizer):
+    """Base of optimizers whose groups carry ``betas``, ``eps``, ``lr`` and ``weight_decay``."""
 
     @staticmethod
     def check_adam(betas: tuple[float, float], eps: float) -> None:

@@ -162,8 +162,8 @@ class LoraProAdamW(TangentOptimizer):
         corrections = (group["eps"] * root, root / (1 - beta1**t))
         sizes = [part.count for part in batches.parts]
         A, G_A = batches.whole_A(at.A), batches.whole_A(G.A)
-        h_A: Rows = []
-        h_B: Rows = []
+        h_A: list[Tensor] = []
+        h_B: list[Tensor] = []
         first = 0
         for i, part in enumerate(batches.parts):
             here = slice(first, first + len(part.B))
@@ -174,7 +174,7 @@ class LoraProAdamW(TangentOptimizer):
             h = _adam_direction(part, g, m[here], v[here], (beta1, beta2), eps).mul_(size * s_i)
             h_A.append(at.B[i] @ h)
             h_B.append(A[i] @ h.mT)
-        h_A = batches.sum_to_A(h_A)
+        h_A = list(batches.sum_to_A(h_A))
         if group["damping"]:
             length = step_length(at, gram(h_B, at))
             at = at.damped(group["damping"] * group["lr"] * length)
@@ -215,7 +215,8 @@ class LoraProAdamW(TangentOptimizer):
         """Factored mode: AdamW with row and column means for a second moment."""
         beta1, beta2 = group["betas"]
         t = batches.per_matrix(self.held(batches.B, STEP))
-        m, n = (batches.per_part(lambda shape, i=i: shape[i]) for i in range(2))
+        m = batches.per_part(lambda shape: shape[0])
+        n = batches.per_part(lambda shape: shape[1])
 
         def direction(at: Point, M: Tangent, G: Tangent) -> Direction:
             rows, columns = squared_means(at, G, m, n)

@@ -118,10 +118,9 @@ class PairOptimizer(Optimizer):
             ValueError: names the parameter, the entry and both shapes.
         """
         held = self.state[p][key]
-        if held.shape != torch.Size(shape) or hasattr(p, "placements") > hasattr(
-            held, "placements"
-        ):
-            kind = "" if held.shape != torch.Size(shape) else " of a DTensor"
+        whole = hasattr(p, "placements") and not hasattr(held, "placements")
+        if held.shape != torch.Size(shape) or whole:
+            kind = " of a DTensor" if whole else ""
             raise ValueError(
                 f"{key} of {self.name_of(p)} is {tuple(held.shape)}, expected {tuple(shape)}{kind}"
                 ": the state loaded was saved for another model, rank or sharding."

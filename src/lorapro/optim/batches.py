@@ -257,8 +257,6 @@ def _gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
     if p.grad.is_sparse:
         raise ValueError("a low-rank factor has a sparse gradient; use sparse=False.")
-    if hasattr(p, "placements") and p.grad.placements != p.placements:
-        return p.grad.redistribute(p.device_mesh, p.placements)
     return p.grad
 
 

@@ -100,7 +100,7 @@ def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Ro
     """Means of g̃∘g̃ over columns (k, m) and over rows (k, n) of ``g̃ = s·(B·G_A + G_B·A)``.
 
     ``g̃ = s·L·R``, so the squares of row i sum to ``s²·l·(R·Rᵀ)·lᵀ`` with l row i of L; likewise for
-    columns. g̃ is not formed. m and n are (k, 1, 1): of the whole weight, wherever its rows are held.
+    columns. g̃ is not formed. m and n are those of the whole weight, (k, 1, 1).
     """
     right, left = G.frame(at)
     square, means = at.s.square(), []

@@ -28,7 +28,6 @@ from torch import Tensor, bmm
 from lorapro.functional import Point, align_at, point_at, shares, step_length
 from lorapro.gram import Rows, combine, inner, precise, trace
 from lorapro.optim.adam_rule import STEP, AdamRule
-from lorapro.optim.base import PairOptimizer
 from lorapro.optim.batches import Batches, batches_of
 from lorapro.optim.rules import Direction, Tangent
 from lorapro.optim.sharding import local
@@ -43,7 +42,7 @@ Rule = Callable[[Point, Tangent, Tangent], Direction]
 """(factors, momentum, gradient) -> direction."""
 
 
-class TangentOptimizer(AdamRule, PairOptimizer):
+class TangentOptimizer(AdamRule):
     """Base of the optimizers that run a full fine-tuning rule on the tangent space.
 
     Subclasses say how fast momentum decays (:meth:`decay`) and give the rule (:meth:`rule`).

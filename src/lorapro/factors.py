@@ -123,7 +123,7 @@ class LoraPair:
         if min(self.A.dim(), self.B.dim()) < 2:
             raise ValueError(
                 f"{stored}, expected matrices; FSDP1 and ZeRO-3 flatten them: use FSDP2 "
-                "(torch.distributed.fsdp.fully_shard), or lorapro.align_gradients under ZeRO-1, 2."
+                "(torch.distributed.fsdp.fully_shard)."
             )
         try:
             A, B = self._shapes()

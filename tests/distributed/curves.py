@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, get_peft_model
-from spawned import Wire
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lorapro
+from distributed.spawned import Wire
 from small_models import llama, randomise
 
 KINDS = {
@@ -100,3 +102,23 @@ def ddp(rank, world, kinds, sizes, steps=20):
         wrapped = DistributedDataParallel(model)
         found[kind] = curve(wrapped, optimizer, steps, rank, world)[0]
     return found
+
+
+def saved(rank, world, kind, folder, sizes):
+    """Ten steps, then a checkpoint through torch.distributed.checkpoint."""
+    model = shard(model_of(**sizes), world) if world > 1 else model_of(**sizes)
+    optimizer = lorapro.create_lorapro_optimizer(model, **KINDS[kind])
+    losses, _ = curve(model, optimizer, 10, rank, world)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    return losses
+
+
+def resumed(rank, world, kind, folder, sizes):
+    """Ten more, from that checkpoint."""
+    model = shard(model_of(**sizes), world) if world > 1 else model_of(**sizes)
+    optimizer = lorapro.create_lorapro_optimizer(model, **KINDS[kind])
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    return curve(model, optimizer, 10, rank, world, first=10)[0]

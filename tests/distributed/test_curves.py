@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from curves import KINDS, ddp, fsdp2, of_one_process
-from spawned import spawned
+
+from distributed.curves import KINDS, ddp, fsdp2, of_one_process
+from distributed.spawned import spawned
 
 PAIRS = 7
 SIZES = {"rank": 3, "hidden": 16, "wide": 10}

@@ -155,7 +155,7 @@ class LoraProAdamW(TangentOptimizer):
         self._make_full_state(batches)
         steps = self.held(batches.B, STEP)
         m, v = (local(self.held(batches.B, key)) for key in (EXP_AVG, EXP_AVG_SQ))
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps + self.held(batches.A, STEP), 1)
         t = batches.per_matrix(steps)
         (beta1, beta2), s = group["betas"], at.s.to(at.dtype)
         root = (1 - beta2**t).sqrt()
@@ -193,9 +193,11 @@ class LoraProAdamW(TangentOptimizer):
     def _make_full_state(self, batches: Batches) -> None:
         for part in batches.parts:
             m, n = part.shape
-            for B in part.B:
+            for A, B in zip(part.A, part.B, strict=True):
                 if not self.state[B]:
                     self.new_adam_state(B, shape=torch.Size((part.blocks, m, n)))
+                if not self.state[A]:  # torch.distributed.checkpoint wants a state of everything
+                    self.state[A][STEP] = torch.zeros((), dtype=torch.float32, device=A.device)
                 for key in (EXP_AVG, EXP_AVG_SQ):
                     self.check_state(B, key, (part.blocks, m, n))
 
@@ -225,7 +227,7 @@ class LoraProAdamW(TangentOptimizer):
             columns = self._average(batches, of_A, COLUMNS, columns, beta2)
             root = (1 - beta2**t).sqrt()
             scale, eps = root / (1 - beta1**t), group["eps"] * root
-            return factored_adam(at, M, rows, columns, m, scale, eps)
+            return factored_adam(at, M, rows, columns, batches.means_of_B(rows), scale, eps)
 
         return direction
 

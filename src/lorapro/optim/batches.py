@@ -177,6 +177,15 @@ class Batches:
         """Rows (k, r, n) summed over processes that hold parts of B, as A is split."""
         return X if self.sharding is None else self.sharding.sum_to_columns(X)
 
+    def means_of_B(self, rows: Rows) -> Rows:
+        """Means (k, 1) of numbers (k, m), one for each row of B."""
+        if self.sharding is None:
+            return [row.mean(-1, keepdim=True) for row in rows]
+        m = [part.shape[0] for part in self.parts for _ in range(part.count)]
+        sums = self.sharding.total(torch.cat([row.sum(-1).double() for row in rows]))
+        means = sums[:, None] / self.per_pair(m)[:, 0]
+        return means.to(rows[0].dtype).split([len(row) for row in rows])
+
     def per_pair(self, values: Sequence[float]) -> Tensor:
         """A number for every pair of matrices, (k, 1, 1) in float64."""
         where = self.A[0].device
@@ -232,6 +241,12 @@ def batches_of(pairs: Sequence[LoraPair], params: Sequence[Tensor]) -> list[Batc
         params: their parameters ``[A0, B0, A1, B1, …]``; a group's own list, since frameworks
             exchange the parameters of a group for others.
     """
+    if len(params) != 2 * len(pairs):
+        raise ValueError(
+            f"{len(params)} parameters stand where {len(pairs)} pairs have {2 * len(pairs)}: "
+            "something put others in their place, as DeepSpeed ZeRO does, which is not supported: "
+            "use DDP or FSDP2 (torch.distributed.fsdp.fully_shard)."
+        )
     found: dict[tuple[object, ...], tuple[Batches, dict[object, Part]]] = {}
     for pair, A, B in zip(pairs, params[::2], params[1::2], strict=True):
         scaling = pair.current_scaling()

@@ -92,10 +92,12 @@ def align_gradients(
     @torch.no_grad()
     def align_now() -> None:
         params = [
-            p if at is None else inner.param_groups[at[0]]["params"][at[1]]
+            q
             for p, at in zip(group["params"], where, strict=True)
+            for q in ([p] if at is None else inner.param_groups[at[0]]["params"][at[1] :][:1])
+            if q.dim() == p.dim()
         ]
-        if all(p.grad is None for p in params):
+        if params and all(p.grad is None for p in params):
             raise no_gradient(pairs_)
         for batches in batches_of(pairs_, params):
             reach = damping * _lr_of(inner, batches.moved[0]) if damping else 0.0

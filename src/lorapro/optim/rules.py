@@ -111,7 +111,7 @@ def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Ro
 
 
 def factored_adam(
-    at: Point, M: Tangent, rows: Rows, columns: Rows, m: Tensor, scale: Tensor, eps: Tensor
+    at: Point, M: Tangent, rows: Rows, columns: Rows, means: Rows, scale: Tensor, eps: Tensor
 ) -> Direction:
     """AdamW with a second moment of row and column means: ``h = D_row·M̂·D_col``.
 
@@ -123,15 +123,13 @@ def factored_adam(
         M: the first moment.
         rows: second moments of the rows of W (k, m).
         columns: of its columns (k, n).
-        m: rows of the whole weight, (k, 1, 1).
+        means: of all rows, wherever they are held, (k, 1).
         scale: (k, 1, 1), both bias corrections: ``√(1 − β2ᵗ)/(1 − β1ᵗ)``.
         eps: ``ε·√(1 − β2ᵗ)``, (k, 1, 1).
     """
     right, left = M.frame(at)
     floors = eps[..., 0].to(at.dtype).split([len(x) for x in right])
     noise = 16 * torch.finfo(at.dtype).eps  # where no more was seen, M holds no more either
-    sums = at.total(torch.cat([row.sum(-1, dtype=at.s.dtype) for row in rows]))
-    means = (sums / m[:, 0, 0])[:, None].to(at.dtype).split([len(x) for x in right])
     for i, (row, column, floor, mean) in enumerate(zip(rows, columns, floors, means, strict=True)):
         least = noise * mean
         weight = (mean / torch.maximum(row, least)).sqrt().nan_to_num()

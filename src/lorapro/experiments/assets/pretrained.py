@@ -2,8 +2,8 @@
 
 A model so small learns another text in a minute on one core, so that optimizers can be compared
 where they differ (``recipes/lab``). It is made when it is first asked for, which takes some minutes
-on two cores. One machine makes the same weights again; another agrees to rounding, which training
-amplifies: losses of fine-tuning then differ in the third decimal.
+on two cores. One machine makes the same weights again; another may differ by rounding,
+which training amplifies.
 """
 
 from __future__ import annotations

@@ -190,6 +190,12 @@ def _muon(training: TrainingArguments, options: Any) -> Any:
     return muon_factory, {**_adamw(training), "weight_decay": training.weight_decay}
 
 
+def _balanced_muon(training: TrainingArguments, options: Any) -> Any:
+    from lorapro.experiments.methods.balanced_muon import balanced_muon_factory
+
+    return balanced_muon_factory, {**_adamw(training), "weight_decay": training.weight_decay}
+
+
 def _ours(name: str, about: str, optimizer: str = "adamw", **fixed: Any) -> OptimizerPart:
     return OptimizerPart(
         name,
@@ -207,6 +213,9 @@ OPTIMIZERS: dict[str, OptimizerPart] = {
     for part in (
         OptimizerPart("adamw", "AdamW", 1e-3),
         OptimizerPart("muon", "Muon on matrices, AdamW on the rest", 2e-3, _muon),
+        OptimizerPart(
+            "balanced-muon", "Muon on A and on B in balanced units", 2e-3, _balanced_muon
+        ),
         OptimizerPart("lora+", "LoRA+", 2e-4, _lora_plus, LoraPlusOptions),
         OptimizerPart("lora-fa", "LoRA-FA", 1e-3, _lora_fa),
         OptimizerPart(

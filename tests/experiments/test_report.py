@@ -502,6 +502,16 @@ def test_everything_comes_from_the_compact_form_alone(tmp_path):
     assert pages[0] == pages[1]
 
 
+def test_a_titled_experiment_reads_the_same_in_a_folder_of_another_name(tmp_path):
+    root = write_losses(tmp_path / "one")
+    write_run(root, "lora", 1e-1, 0, status="diverged")
+    write_plan(root, list(LOSSES), title="A title")
+    read = read_results(root)
+    (tmp_path / "two").mkdir()
+    write_results(read, "one", tmp_path / "two")
+    assert Report(read_results(tmp_path / "two")).markdown() == Report(read).markdown()
+
+
 COMMITTED = Path(__file__).parents[2] / "results"
 
 

@@ -212,15 +212,15 @@ def _fits(found: Comparison, what: Mapping[str, Any], select: Mapping[str, Any])
     return all(k == "learning_rate" or str(told.get(k)) == str(v) for k, v in select.items())
 
 
-def unfinished_table(runs: pd.DataFrame) -> Table | None:
-    """Runs that diverged, failed or did not end."""
+def unfinished_table(runs: pd.DataFrame, titles: Mapping[str, str]) -> Table | None:
+    """Runs that diverged, failed or did not end; ``titles`` of the experiments, by name."""
     bad = runs[runs["status"] != "finished"]
     if not len(bad):
         return None
     rows = [
         [
             str(r["label"]),
-            str(r["experiment"]),
+            titles.get(str(r["experiment"])) or str(r["experiment"]),
             ", ".join([str(r["task"]), *(f"{short(k)} {plain(v)}" for k, v in r["axes"].items())]),
             f"{r['learning_rate']:g}",
             plain(r["seed"]),
@@ -232,12 +232,13 @@ def unfinished_table(runs: pd.DataFrame) -> Table | None:
     return Table("Runs without an end", header, rows, text=True)
 
 
-def conditions_table(runs: pd.DataFrame) -> Table:
+def conditions_table(runs: pd.DataFrame, titles: Mapping[str, str]) -> Table:
     """What all runs of each experiment had in common: model, data, steps, versions."""
     rows = []
     for experiment, group in runs.groupby("experiment", sort=False):
         configs = list(group["config"])
-        said = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs)}
+        keys = sorted(configs[0])
+        said = {k: configs[0][k] for k in keys if all(c.get(k) == configs[0][k] for c in configs)}
         steps = group["steps"].dropna() if "steps" in group else pd.Series(dtype=float)
         if "max_steps" not in said and steps.nunique() == 1:
             said["steps"] = steps.iloc[0]
@@ -245,7 +246,12 @@ def conditions_table(runs: pd.DataFrame) -> Table:
         revisions = {str(r)[:12] for r in group.get("git_revision", pd.Series(dtype=str)).dropna()}
         text = ", ".join(f"{k} {plain(v)}" for k, v in said.items())
         rows.append(
-            [str(experiment), text, ", ".join(sorted(versions)), ", ".join(sorted(revisions))]
+            [
+                titles.get(str(experiment)) or str(experiment),
+                text,
+                ", ".join(sorted(versions)),
+                ", ".join(sorted(revisions)),
+            ]
         )
     header = ["experiment", "the same in all runs", "versions", "revision"]
     return Table("Conditions", header, rows, text=True).without_empty_columns()

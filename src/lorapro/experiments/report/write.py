@@ -60,13 +60,17 @@ class Report:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """One a problem."""
-        titles = {name: about.title for name, about in self.results.experiments.items()}
-        found = problems(self.results.runs, titles)
+        found = problems(self.results.runs, self.titles)
         return [self._compare(problem) for problem in found]
 
     def _compare(self, problem: Problem) -> Comparison:
         target = self.target or self.results.experiments[problem.experiment].target or TARGET
         return compare(problem, self.measure, baseline=self.baseline, target=target)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """The recipes' titles, by experiment."""
+        return {name: about.title for name, about in self.results.experiments.items()}
 
     @property
     def toy(self) -> bool:
@@ -120,8 +124,9 @@ class Report:
 
     def closing(self) -> list[Table]:
         """What went wrong, and under which conditions all was run."""
-        bad = unfinished_table(self.results.runs)
-        return [*([] if bad is None else [bad]), conditions_table(self.results.runs)]
+        bad = unfinished_table(self.results.runs, self.titles)
+        conditions = conditions_table(self.results.runs, self.titles)
+        return [conditions] if bad is None else [bad, conditions]
 
     def html(self) -> str:
         """The whole as one page."""

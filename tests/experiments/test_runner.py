@@ -53,6 +53,21 @@ def test_what_is_saved_gives_the_loss_that_was_reported(classify, method):
     assert json.loads((config.folder / "result.json").read_text()) == result
 
 
+@pytest.mark.parametrize("method", ["full", "adalora", "lora-ga+lora-pro-muon"])
+def test_a_run_cut_off_after_its_last_step_takes_no_other(classify, method):
+    values = {**classify, "method": method, "save_strategy": "steps", "save_steps": 3}
+    config = build_config(values)
+    whole = run(config)
+    (config.folder / "result.json").unlink()
+    steps = []
+    again = run(config, on_step=lambda done, total: steps.append(done))
+    assert steps == []
+    assert again["steps"] == whole["steps"] == 6
+    assert again["metrics"] == whole["metrics"]
+    state = "optimizer_state_bytes"
+    assert again["cost"][state] == whole["cost"][state] > 0
+
+
 COMBINATIONS = [
     ("dora+lora-pro", {}),
     ("dora+muon", {}),

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from lorapro.experiments.folders import METRICS, finite, write_text
 
-__all__ = ["DivergenceWatch", "MetricsLog", "StepClock", "metric_rows"]
+__all__ = ["DivergenceWatch", "MetricsLog", "NothingLeft", "StepClock", "metric_rows"]
 
 
 class StepClock(TrainerCallback):
@@ -36,6 +36,14 @@ class StepClock(TrainerCallback):
             self._on_step(state.global_step, state.max_steps)
 
 
+class NothingLeft(Exception):
+    """The checkpoint that training was to go on from is that of the last step.
+
+    Trainer would take one step more. It has loaded weights, optimizer and state when this is raised
+    and has nothing else to do.
+    """
+
+
 class DivergenceWatch(TrainerCallback):
     """Stop a run whose loss is not finite, or far above where it started.
 
@@ -47,17 +55,29 @@ class DivergenceWatch(TrainerCallback):
         self.diverged = False
         self._factor = factor
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at a checkpoint's past: it may have ended, well or not.
+
+        Raises:
+            NothingLeft: it has.
+        """
+        self._look(state.log_history)
+        if state.global_step and (self.diverged or state.global_step >= state.max_steps):
+            raise NothingLeft
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the losses logged so far."""
-        for name in ("loss", "eval_loss"):
-            if name in (logs or {}) and not math.isfinite(float(logs[name])):
-                self.diverged = True
-        losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
+        self._look(state.log_history)
+        if self.diverged:
+            control.should_training_stop = True
+
+    def _look(self, history: list[dict[str, Any]]) -> None:
+        seen = [float(e[name]) for e in history for name in ("loss", "eval_loss") if name in e]
+        self.diverged |= not all(map(math.isfinite, seen))
+        losses = [float(entry["loss"]) for entry in history if "loss" in entry]
         if self._factor and len(losses) > 3:
             recent = sum(losses[-3:]) / 3
             self.diverged |= not recent <= self._factor * losses[0] + 1
-        if self.diverged:
-            control.should_training_stop = True
 
 
 class MetricsLog(TrainerCallback):

@@ -10,7 +10,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from lorapro.experiments import folders
-from lorapro.experiments.callbacks import DivergenceWatch, MetricsLog, StepClock
+from lorapro.experiments.callbacks import DivergenceWatch, MetricsLog, NothingLeft, StepClock
 from lorapro.experiments.config import RunConfig
 from lorapro.experiments.evaluation import ItemTrainer, make_trainer
 from lorapro.experiments.keys import owners
@@ -113,7 +113,7 @@ def _train(
     reset_peak_memory()
     set_seed(config.training.seed)  # dropout, from here on alike for all methods
     if method.adapter.trains:
-        with _merged_is_saved_too():
+        with _merged_is_saved_too(), suppress(NothingLeft):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     else:
         model.requires_grad_(False)

@@ -237,4 +237,5 @@ def test_compare_through_the_command_line(see, tmp_path, capsys):
     assert main(["compare", path, "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "test accuracy" in out
-    assert "Task images, rank 2" in out
+    assert "\nimages\n" in out
+    assert "against lora" in out

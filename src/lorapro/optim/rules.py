@@ -103,9 +103,11 @@ def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Ro
     columns. g̃ is not formed. m and n are those of the whole weight, (k, 1, 1).
     """
     right, left = G.frame(at)
+    R, L = precise(right), precise(left)
+    RR, LL = at.total(inner((R, R), (L, L))).chunk(2)
     square, means = at.s.square(), []
-    for rows, others, length in ((left, right, n), (right, left, m)):
-        seen = combine((square / length * gram(others, at), rows))
+    for rows, others, length in ((left, RR, n), (right, LL, m)):
+        seen = combine((square / length * others, rows))
         means.append([(x * y).sum(-2) for x, y in zip(seen, rows, strict=True)])
     return means[0], means[1]
 

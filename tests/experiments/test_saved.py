@@ -39,7 +39,7 @@ def new_rows(path, count=9):
 
 def trained(values, **changes):
     """A run whose training data are gone when it is used."""
-    config = build_config({**values, "max_steps": 40, "learning_rate": 0.01, **changes})
+    config = build_config({**values, "max_steps": 150, "learning_rate": 0.01, **changes})
     result = run(config)
     return config.folder, result
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lorapro.distributed.sharding import local, zeros_like_columns
 from lorapro.optim.base import PairOptimizer
-from lorapro.optim.sharding import local, zeros_like_columns
 
 __all__ = ["EXP_AVG", "EXP_AVG_SQ", "STEP", "AdamRule", "plain_gradients"]
 

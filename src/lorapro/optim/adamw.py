@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lorapro.choices import check_choice
+from lorapro.distributed.sharding import local, zeros_like_columns
 from lorapro.functional import Point, align_at, step_length
 from lorapro.gram import Rows, trace
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, plain_gradients
 from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.batches import Batches, Part, batches_of
 from lorapro.optim.rules import Direction, Tangent, factored_adam, gram, squared_means
-from lorapro.optim.sharding import local, zeros_like_columns
 from lorapro.optim.tangent import DAMPING, Rule, TangentOptimizer, shrunk, store, tangent_of
 
 __all__ = ["MODES", "LoraProAdamW"]

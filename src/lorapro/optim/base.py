@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorapro.choices import check_choice
+from lorapro.distributed.sharding import local, sharding_of
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
-from lorapro.optim.sharding import local, sharding_of
 
 __all__ = ["BASE", "PAIRS", "PLAIN", "PairOptimizer"]
 

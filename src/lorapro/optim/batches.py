@@ -4,7 +4,7 @@ The optimizers see a group of pairs as a few :class:`Batches`: all pairs of one 
 device and of the same trained factors, in one part for every shape. What a step computes is rows
 (``lorapro.gram``), one tensor a part, so that the number of operations depends on how many shapes
 there are, not on how many pairs. Of sharded factors, rows are what this process holds of them,
-shapes those of the whole; ``lorapro.optim.sharding`` says what is summed.
+shapes those of the whole; ``lorapro.distributed.sharding`` says what is summed.
 
 Shape letters: k pairs of a part; m, n rows and columns of W; r rank.
 """
@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lorapro.distributed.sharding import Sharding, local, sharding_of
 from lorapro.factors import LoraPair, as_A, as_B, from_A, from_B
 from lorapro.functional import Point, point_at
 from lorapro.gram import Rows
-from lorapro.optim.sharding import Sharding, local, sharding_of
 
 __all__ = ["Batches", "batches_of"]
 

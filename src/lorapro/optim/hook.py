@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lorapro.choices import check_choice
+from lorapro.distributed.sharding import local
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
 from lorapro.optim.adamw import efficient_directions
 from lorapro.optim.base import no_gradient
 from lorapro.optim.batches import batches_of
-from lorapro.optim.sharding import local
 from lorapro.param_groups import lora_param_groups
 
 __all__ = ["align_gradients"]

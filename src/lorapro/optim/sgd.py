@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorapro.distributed.sharding import local
 from lorapro.functional import align_at, step_length
 from lorapro.optim.adam_rule import plain_gradients
 from lorapro.optim.base import PAIRS, PairOptimizer
 from lorapro.optim.batches import batches_of
 from lorapro.optim.rules import gram
-from lorapro.optim.sharding import local
 
 __all__ = ["LoraProSGD"]
 

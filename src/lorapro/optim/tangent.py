@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, bmm
 
+from lorapro.distributed.sharding import local
 from lorapro.functional import Point, align_at, point_at, shares, step_length
 from lorapro.gram import Rows, combine, inner, precise, trace
 from lorapro.optim.adam_rule import STEP, AdamRule
 from lorapro.optim.batches import Batches, batches_of
 from lorapro.optim.rules import Direction, Tangent
-from lorapro.optim.sharding import local
 
 __all__ = ["DAMPING", "Rule", "TangentOptimizer", "align_direction", "transport"]
 

@@ -1,4 +1,4 @@
-"""Sharded factors: how FSDP2 should split them."""
+"""How FSDP2 should split factors."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 BENCH = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks
 SMOLLM2 := smollm2-135m-instruct --batches 1 --size 8
 
-.PHONY: demo test lint types unit wheel bench results clean
+.PHONY: demo test lint types unit wheel docs bench results clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lorapro compare recipes/local/tweets_demo.yaml --output_dir demo-output
@@ -24,6 +24,11 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	    $(BIN)/python -m pytest -q -n $(WORKERS)
+
+# The documentation into site/, which opens from there without a server; a warning, a link or an anchor
+# that leads nowhere is an error. Links to other sites are listed in site/external-links.txt.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Build the wheel, install it alone in a folder, import it from there.
 wheel: $(VENV)/.dev
@@ -69,4 +74,4 @@ $(VENV)/.dev: $(INPUTS) | $(VENV)/bin/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build dist demo-output
+	rm -rf $(VENV) build dist site demo-output

@@ -1,11 +1,11 @@
-"""One way to refuse an unknown name."""
+"""Names in messages: the nearest known one, and the first few of many."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["check_choice", "nearest_hint"]
+__all__ = ["check_choice", "first_few", "nearest_hint"]
 
 
 def nearest_hint(name: str, choices: Iterable[str]) -> str:
@@ -16,6 +16,16 @@ def nearest_hint(name: str, choices: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def first_few(items: Sequence[str], most: int = 3) -> str:
+    """Some items and the number of the others.
+
+    >>> first_few(["q", "k", "v", "o", "up"])
+    'q; k; v; and 2 more'
+    """
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return "; ".join([*items[:most], *more])
 
 
 def check_choice(kind: str, value: str, choices: Iterable[str]) -> str:

@@ -104,8 +104,8 @@ class LoraPair:
     """
 
     name: str
-    A: nn.Parameter
-    B: nn.Parameter
+    A: nn.Parameter = field(repr=False)
+    B: nn.Parameter = field(repr=False)
     scaling: float
     layout: str = "matrix"
     blocks: int = 1
@@ -232,7 +232,7 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> Pairing:
     The two then belong to slightly different g, unless padding has no part in the loss.
 
     Raises:
-        ValueError: the model has no adapter of that name.
+        ValueError: the model has no adapter of that name, or does not train it.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -260,6 +260,11 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> Pairing:
     if adapter is not None and adapter not in names:
         raise ValueError(
             f"the model has no adapter {adapter!r}; found {sorted(names) or 'no adapter at all'}."
+        )
+    if adapter is not None and not found and not unaligned:
+        raise ValueError(
+            f"adapter {adapter!r} is not trained: no factor of it requires a gradient; call "
+            f"model.set_adapter({adapter!r}) before, or load it with is_trainable=True."
         )
     pairs, shared = _without_shared_factors(found)
     return Pairing(tuple(pairs), (*unaligned, *shared))

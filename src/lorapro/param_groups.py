@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lorapro.choices import first_few
 from lorapro.factors import (
     LoraPair,
     Pairing,
@@ -67,11 +68,11 @@ def lora_param_groups(
     found = Pairing((), ()) if model is None else find_pairs(model, adapter)
     all_pairs = [*(pairs or ()), *found.pairs]
     if found.unaligned:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in found.unaligned)
+        listed = first_few([f"{name}: {reason}" for name, reason in found.unaligned])
         if on_unaligned == "error":
             raise UnalignableLayerError(
-                f"cannot align {listed}. Leave the layer out of the adapter, freeze it, or pass "
-                "on_unaligned='plain' to train it without alignment."
+                f"cannot align {listed}. Leave such layers out of the adapter, freeze them, or "
+                "pass on_unaligned='plain' to train them without alignment."
             )
         logger.warning("trained without alignment: %s", listed)
     if not all_pairs:

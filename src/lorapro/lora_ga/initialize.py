@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorapro.choices import check_choice
+from lorapro.choices import check_choice, first_few
 from lorapro.factors import adapters_of, from_A, from_B
 from lorapro.lora_ga import decompose
 from lorapro.lora_ga.capture import Loss, quiet
@@ -140,7 +140,7 @@ def initialize(
     _check_fresh(layers)
     obstacles = check_can_attach(layers, model, base)
     if obstacles:
-        raise ValueError("; ".join(obstacles[:3]) + (" ..." if len(obstacles) > 3 else ""))
+        raise ValueError(first_few(obstacles))
     if not isinstance(batches, Iterable):
         raise ValueError(f"batches is a {type(batches).__name__}, expected an iterable of batches.")
     batches = list(batches)
@@ -279,10 +279,9 @@ def _usable_layers(
             )
     layers, refused = adapted_layers(model, adapter)
     if refused and unsupported == "error":
-        listed = "; ".join(f"{name}: {why}" for name, why in refused[:5])
-        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        listed = first_few([f"{name}: {why}" for name, why in refused])
         raise ValueError(
-            f"LoRA-GA cannot initialise {listed}{more}. Leave them out of target_modules, or pass "
+            f"LoRA-GA cannot initialise {listed}. Leave them out of target_modules, or pass "
             "unsupported='default' to leave them at their default start."
         )
     if not layers:

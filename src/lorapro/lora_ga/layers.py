@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorapro.choices import first_few
 from lorapro.factors import LoraPair, adapter_parameters, adapters_of, find_pairs, is_tuner_layer
 
 __all__ = [
@@ -178,7 +179,7 @@ def all_pairs(model: nn.Module, adapter: str) -> tuple[LoraPair, ...]:
         pairing = find_pairs(model, adapter)
     if pairing.unaligned:
         raise ValueError(
-            "not a plain LoRA: " + "; ".join(f"{n}: {w}" for n, w in pairing.unaligned)
+            "not a plain LoRA: " + first_few([f"{n}: {w}" for n, w in pairing.unaligned])
         )
     return pairing.pairs
 

@@ -50,6 +50,17 @@ class PairOptimizer(Optimizer):
                 "lorapro.lora_param_groups(model)."
             )
 
+    def __repr__(self) -> str:
+        lines = []
+        for group in self.param_groups:
+            held = str(len(group["params"]))
+            if group["role"] == PAIRS:
+                ranks = sorted({pair.rank for pair in group["pairs"]})
+                held = f"{len(group['pairs'])} of rank {', '.join(map(str, ranks))}"
+            shown = ", ".join(f"{key}={group[key]!r}" for key in self.defaults)
+            lines.append(f"    {group['role']} ({held}): {shown}\n")
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: one from ``lorapro.lora_param_groups``, or plain parameters.
 

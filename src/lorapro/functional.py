@@ -31,7 +31,7 @@ from lorapro.gram import (
     Rows,
     inner,
     inverse,
-    precise,
+    inverses,
     solve_sylvester,
     trace,
 )
@@ -138,8 +138,6 @@ class Point:
         A: rows (kᵢ, r, nᵢ), in float32 or float64.
         B: rows of ``Bᵀ``, (kᵢ, r, mᵢ).
         s: scalings (k, 1, 1) in float64.
-        exact_A: A in float64.
-        exact_B: B in float64.
         S_A: ``A·Aᵀ``, (k, r, r).
         S_B: ``Bᵀ·B``.
         inv_A: inverse of ``S_A``.
@@ -150,8 +148,6 @@ class Point:
     A: Rows
     B: Rows
     s: Tensor
-    exact_A: Rows
-    exact_B: Rows
     S_A: Tensor
     S_B: Tensor
     inv_A: Inverse
@@ -171,13 +167,9 @@ class Point:
 
 def point_at(A: Rows, B: Rows, s: Tensor, total: Total = lambda gram: gram) -> Point:
     """Gram matrices of the factors, in one call of ``total``, and their inverses."""
-    exact_A, exact_B = precise(A), precise(B)
-    S = total(inner((exact_A, exact_A), (exact_B, exact_B)))
-    S_A, S_B = S.chunk(2)
-    inv_A, inv_B = map(
-        Inverse._make, zip(*(T.chunk(2) for T in inverse(S, A[0].dtype)), strict=True)
-    )
-    return Point(A, B, s, exact_A, exact_B, S_A, S_B, inv_A, inv_B, total)
+    S_A, S_B = S = total(inner((A, A), (B, B))).chunk(2)
+    inv_A, inv_B = inverses(S, A[0].dtype)
+    return Point(A, B, s, S_A, S_B, inv_A, inv_B, total)
 
 
 def align_at(
@@ -193,7 +185,7 @@ def align_at(
             None if grad_A is None else at.inv_B(grad_A, square),
             None if grad_B is None else at.inv_A(grad_B, square),
         )
-    X, C = shares(at, at.total(inner((precise(grad_A), at.exact_A))), x)
+    X, C = shares(at, at.total(inner((grad_A, at.A))), x)
     d_B = at.inv_A(grad_B, square, (-square * C.mT, at.B))
     if X is None:
         return at.inv_B(grad_A, square), d_B

@@ -25,8 +25,9 @@ __all__ = [
     "combine",
     "inner",
     "inverse",
-    "precise",
+    "inverses",
     "solve_sylvester",
+    "spread",
     "trace",
     "unit",
 ]
@@ -45,24 +46,32 @@ DOUBLINGS = {torch.float64: 18, torch.float32: 7}
 LARGEST_AT_ONCE = 32
 
 
-def precise(X: Rows) -> Rows:
-    """Rows in float64, for :func:`inner`.
+def inner(*sets: Sequence[Rows]) -> Tensor:
+    """``X·Yᵀ`` of every pair in float64: (k, p, q) from rows (kᵢ, p, nᵢ) and (kᵢ, q, nᵢ).
 
-    >>> precise([torch.ones(1, 1, 2)])[0].dtype
-    torch.float64
-    """
-    return [x.double() for x in X]
-
-
-def inner(*pairs: tuple[Rows, Rows]) -> Tensor:
-    """``X·Yᵀ`` of every pair: (k, p, q) from rows (kᵢ, p, nᵢ) and (kᵢ, q, nᵢ).
-
-    Several (X, Y) come one after the other in the first dimension, to be taken apart by ``chunk``.
+    Args:
+        sets: ``(X, Y, Y', …)`` asks for ``X·Yᵀ``, ``X·Y'ᵀ``, …. All products lie one after the
+            other in the first dimension, to be taken apart by ``chunk`` and summed over processes
+            at once.
 
     >>> inner(([torch.ones(1, 1, 2)], [torch.full((1, 1, 2), 3.0)]))
-    tensor([[[6.]]])
+    tensor([[[6.]]], dtype=torch.float64)
     """
-    return torch.cat([bmm(x, y.mT) for X, Y in pairs for x, y in zip(X, Y, strict=True)])
+    products: list[list[Tensor]] = []
+    for X, *Ys in sets:
+        own: list[list[Tensor]] = [[] for _ in Ys]
+        for x, *ys in zip(X, *Ys, strict=True):
+            exact = x.double()  # one part at a time: copies stay in the cache
+            for y, of_Y in zip(ys, own, strict=True):
+                of_Y.append(bmm(exact, (exact if y is x else y.double()).mT))
+        products += own
+    return torch.cat([product for of_Y in products for product in of_Y])
+
+
+def spread(C: Tensor, frame: Sequence[Rows]) -> list[tuple[Tensor, Rows]]:
+    """``C·[X; Y; …]`` as terms of :func:`combine`, without putting rows under one another."""
+    parts = C.split([X[0].shape[-2] for X in frame], -1)
+    return list(zip(parts, frame, strict=True))
 
 
 def combine(*terms: tuple[Tensor, Rows], onto: Rows | None = None) -> Rows:
@@ -147,6 +156,12 @@ def inverse(S: Tensor, dtype: torch.dtype) -> Inverse:
     root = size.rsqrt()
     V, E = root * V, (mean.sign() * root) * E
     return Inverse(V, E, bmm(V.mT, E))
+
+
+def inverses(S: Sequence[Tensor], dtype: torch.dtype) -> list[Inverse]:
+    """:func:`inverse` of several stacks, taken at once."""
+    together = inverse(torch.cat(list(S)), dtype)
+    return [Inverse(*of) for of in zip(*(T.chunk(len(S)) for T in together), strict=True)]
 
 
 def orthonormal(S: Tensor, traces: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

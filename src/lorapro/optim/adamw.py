@@ -15,11 +15,11 @@ from torch import Tensor
 from lorapro.choices import check_choice
 from lorapro.distributed.sharding import local, zeros_like_columns
 from lorapro.functional import Point, align_at, step_length
-from lorapro.gram import Rows, trace
+from lorapro.gram import Rows, inner, trace
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, plain_gradients
 from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.batches import Batches, Part, batches_of
-from lorapro.optim.rules import Direction, Tangent, factored_adam, gram, squared_means
+from lorapro.optim.rules import Direction, Tangent, factored_adam, squared_means
 from lorapro.optim.tangent import DAMPING, Rule, TangentOptimizer, shrunk, store, tangent_of
 
 __all__ = ["MODES", "LoraProAdamW"]
@@ -176,7 +176,7 @@ class LoraProAdamW(TangentOptimizer):
             h_B.append(A[i] @ h.mT)
         h_A = list(batches.sum_to_A(h_A))
         if group["damping"]:
-            length = step_length(at, gram(h_B, at))
+            length = step_length(at, at.total(inner((h_B, h_B))))
             at = at.damped(group["damping"] * group["lr"] * length)
         d_A, d_B = align_at(
             at, h_A if batches.moves_A else None, h_B if batches.moves_B else None, x=group["x"]

@@ -18,9 +18,13 @@ import torch
 from torch import Tensor, baddbmm, bmm
 
 from lorapro.functional import Point
-from lorapro.gram import Rows, combine, inner, orthonormal, precise, trace
+from lorapro.gram import Rows, combine, inner, orthonormal, trace
 
-__all__ = ["Direction", "Tangent", "factored_adam", "gram", "muon", "polar", "squared_means"]
+__all__ = ["Direction", "Tangent", "factored_adam", "muon", "polar", "squared_means"]
+
+
+Frame = tuple[Rows, ...]
+"""Blocks of rows that lie under one another."""
 
 
 class Tangent(NamedTuple):
@@ -36,9 +40,9 @@ class Tangent(NamedTuple):
             [a.lerp(b, weight) for a, b in zip(self.B, end.B, strict=True)],
         )
 
-    def frame(self, at: Point) -> tuple[list[Tensor], list[Tensor]]:
-        """``R = [A_part; A]`` and ``L = [B, B_part]``, rows (k, 2r, …): the vector is ``s·L·R``."""
-        return _under(self.A, at.A), _under(at.B, self.B)
+    def frame(self, at: Point) -> tuple[Frame, Frame]:
+        """``R = [A_part; A]`` and ``L = [B, B_part]``: the vector is ``s·L·R``."""
+        return (self.A, at.A), (at.B, self.B)
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,16 @@ class Direction:
     """``h = L·core·R`` with L (m, 2r) and R (2r, n).
 
     Attributes:
-        left: L, rows of the transpose.
-        right: R.
+        left: the frame Lᵀ.
+        right: the frame R.
         core: (k, 2r, 2r).
         left_B: ``Bᵀ·L``, (k, r, 2r).
         right_A: ``R·Aᵀ``, (k, 2r, r).
         left_left: ``Lᵀ·L``, (k, 2r, 2r).
     """
 
-    left: Rows
-    right: Rows
+    left: Frame
+    right: Frame
     core: Tensor
     left_B: Tensor
     right_A: Tensor
@@ -74,7 +78,7 @@ def muon(at: Point, M: Tangent, speed: Tensor) -> Direction:
         M: the momentum.
         speed: the length of every direction, (k, 1, 1).
     """
-    (AA, across_A), (BB, across_B) = own_grams(at, M)
+    AA, across_A, BB, across_B = at.total(inner((M.A, M.A, at.A), (M.B, M.B, at.B))).chunk(4)
     r = at.S_A.shape[-1]
     inside = bmm(across_A, at.inv_A.full)  # M_A = inside·A + what is outside the rows of A
     outside = baddbmm(AA, inside, across_A.mT, alpha=-1)
@@ -102,9 +106,8 @@ def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Ro
     ``g̃ = s·L·R``, so the squares of row i sum to ``s²·l·(R·Rᵀ)·lᵀ`` with l row i of L; likewise for
     columns. g̃ is not formed. m and n are those of the whole weight, (k, 1, 1).
     """
-    right, left = G.frame(at)
-    R, L = precise(right), precise(left)
-    RR, LL = at.total(inner((R, R), (L, L))).chunk(2)
+    right, left = (_under(*frame) for frame in G.frame(at))
+    RR, LL = at.total(inner((right, right), (left, left))).chunk(2)
     square, means = at.s.square(), []
     for rows, others, length in ((left, RR, n), (right, LL, m)):
         seen = combine((square / length * others, rows))
@@ -129,7 +132,7 @@ def factored_adam(
         scale: (k, 1, 1), both bias corrections: ``√(1 − β2ᵗ)/(1 − β1ᵗ)``.
         eps: ``ε·√(1 − β2ᵗ)``, (k, 1, 1).
     """
-    right, left = M.frame(at)
+    right, left = (_under(*frame) for frame in M.frame(at))
     floors = eps[..., 0].to(at.dtype).split([len(x) for x in right])
     noise = 16 * torch.finfo(at.dtype).eps  # where no more was seen, M holds no more either
     for i, (row, column, floor, mean) in enumerate(zip(rows, columns, floors, means, strict=True)):
@@ -137,25 +140,10 @@ def factored_adam(
         weight = (mean / torch.maximum(row, least)).sqrt().nan_to_num()
         left[i] = left[i] * weight[:, None]
         right[i] = right[i] / (torch.maximum(column, least).sqrt() + floor)[:, None]
-    exact_left, exact_right = precise(left), precise(right)
-    left_B = at.total(inner((at.exact_B, exact_left)))
-    right_A = at.total(inner((exact_right, at.exact_A)))
-    left_left = at.total(inner((exact_left, exact_left)))
+    left_left = at.total(inner((left, left)))
+    left_B, right_A = at.total(inner((at.B, left))), at.total(inner((right, at.A)))
     eye = torch.eye(left_left.shape[-1], dtype=at.s.dtype, device=at.s.device)
-    return Direction(left, right, at.s * scale * eye, left_B, right_A, left_left)
-
-
-def gram(rows: Rows, at: Point) -> Tensor:
-    """``X·Xᵀ`` of rows in float64."""
-    exact = precise(rows)
-    return at.total(inner((exact, exact)))
-
-
-def own_grams(at: Point, M: Tangent) -> list[tuple[Tensor, Tensor]]:
-    """``(M_A·M_Aᵀ, M_A·Aᵀ)`` and ``(M_Bᵀ·M_B, M_Bᵀ·B)`` in float64."""
-    A, B = precise(M.A), precise(M.B)
-    sums = at.total(inner((A, A), (A, at.exact_A), (B, B), (B, at.exact_B))).chunk(4)
-    return [(sums[0], sums[1]), (sums[2], sums[3])]
+    return Direction((left,), (right,), at.s * scale * eye, left_B, right_A, left_left)
 
 
 def _under(X: Rows, Y: Rows) -> list[Tensor]:

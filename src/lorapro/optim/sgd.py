@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lorapro.distributed.sharding import local
 from lorapro.functional import align_at, step_length
+from lorapro.gram import inner
 from lorapro.optim.adam_rule import plain_gradients
 from lorapro.optim.base import PAIRS, PairOptimizer
 from lorapro.optim.batches import batches_of
-from lorapro.optim.rules import gram
 
 __all__ = ["LoraProSGD"]
 
@@ -84,7 +84,7 @@ class LoraProSGD(PairOptimizer):
             at = batches.point()
             grad_A, grad_B = batches.gradients()
             if group["damping"] and grad_B is not None:
-                length = step_length(at, gram(grad_B, at))
+                length = step_length(at, at.total(inner((grad_B, grad_B))))
                 at = at.damped(group["damping"] * group["lr"] * length)
             directions = align_at(at, grad_A, grad_B, x=group["x"])
             self._descend(batches.moved, batches.unstack_moved(*directions), group)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, bmm
 
 from lorapro.distributed.sharding import local
-from lorapro.functional import Point, align_at, point_at, shares, step_length
-from lorapro.gram import Rows, combine, inner, precise, trace
+from lorapro.functional import Point, align_at, shares, step_length
+from lorapro.gram import Rows, combine, inner, inverses, spread, trace
 from lorapro.optim.adam_rule import STEP, AdamRule
 from lorapro.optim.batches import Batches, batches_of
 from lorapro.optim.rules import Direction, Tangent
@@ -105,8 +105,8 @@ def tangent_step(
     A, B = (shrunk(X, lr, decay) for X in (at.A, at.B))
     A = combine(*((-lr * C, X) for C, X in to_A), onto=A) if to_A else at.A
     B = combine(*((-lr * C, X) for C, X in to_B), onto=B) if to_B else at.B
-    new = point_at(rounded(A, batches.A[0]), rounded(B, batches.B[0]), at.s, at.total)
-    return (new.A, new.B), transport(at, M, new)
+    new_A, new_B = rounded(A, batches.A[0]), rounded(B, batches.B[0])
+    return (new_A, new_B), transport(at, M, new_A, new_B)
 
 
 def shrunk(X: Rows, lr: float | Tensor, decay: float) -> Rows:
@@ -156,8 +156,8 @@ def align_direction(
     to_B = at.s * bmm(h.core, h.right_A).mT  # s·A·hᵀ = to_B·Lᵀ
     if isinstance(reach, Tensor) or reach:
         at = at.damped(reach * step_length(at, bmm(bmm(to_B, h.left_left), to_B.mT)))
-    d_A = [(square * bmm(at.inv_B.full, to_A), h.right)] if moves[0] else []
-    d_B = [(square * bmm(at.inv_A.full, to_B), h.left)] if moves[1] else []
+    d_A = [*spread(square * bmm(at.inv_B.full, to_A), h.right)] if moves[0] else []
+    d_B = [*spread(square * bmm(at.inv_A.full, to_B), h.left)] if moves[1] else []
     if all(moves):
         mean = (at.s * trace(at.S_A) / at.S_A.shape[-1]).square()
         weight = mean.clamp_min(torch.finfo(mean.dtype).tiny)
@@ -167,25 +167,21 @@ def align_direction(
     return d_A, d_B
 
 
-def transport(old: Point, M: Tangent, new: Point) -> Tangent:
-    """Carry a tangent vector to other factors, by orthogonal projection.
+def transport(at: Point, M: Tangent, A: Rows, B: Rows) -> Tangent:
+    """Carry a tangent vector to other factors (A', B'), by orthogonal projection.
 
     ::
 
         M_A' = S_B'⁻¹ B'ᵀ M          M_B' = (I − P_B') M A'ᵀ S_A'⁻¹       M = B·M_A + M_B·A
     """
-    right, left = M.frame(old)  # M = left·right
-    M_A, M_B = precise(M.A), precise(M.B)
-    sums = inner(
-        (M_A, new.exact_A),
-        (old.exact_A, new.exact_A),
-        (new.exact_B, old.exact_B),
-        (new.exact_B, M_B),
+    right, left = M.frame(at)  # M = left·right
+    seen = at.total(inner((A, A, M.A, at.A), (B, B, at.B, M.B))).chunk(6)
+    inv_A, inv_B = inverses((seen[0], seen[3]), at.dtype)
+    to_A = bmm(inv_A.full, torch.cat(seen[1:3], -1))  # S_A'⁻¹·A'·Rᵀ
+    to_B = bmm(inv_B.full, torch.cat(seen[4:], -1))  # S_B'⁻¹·B'ᵀ·L
+    return Tangent(
+        combine(*spread(to_B, right)), combine(*spread(to_A, left), (-bmm(to_A, to_B.mT), B))
     )
-    seen = new.total(sums).chunk(4)
-    to_A, to_B = torch.cat(seen[:2], -2), torch.cat(seen[2:], -1)  # M·A'ᵀ, B'ᵀ·M
-    to_A, to_B = bmm(to_A, new.inv_A.full), bmm(new.inv_B.full, to_B)
-    return Tangent(combine((to_B, right)), combine((to_A.mT, left), (-bmm(to_B, to_A).mT, new.B)))
 
 
 def store(held: list[Tensor], values: list[Tensor]) -> None:

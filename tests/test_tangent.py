@@ -193,7 +193,7 @@ def test_transport_is_the_identity_where_nothing_moves_and_a_projection_elsewher
         return point_at([A], [B.mT], s)
 
     for A_to, B_to in ((A, B), (A_new, B_new)):
-        kept = transport(at(A, B), Tangent([M_A], [M_B.mT]), at(A_to, B_to))
+        kept = transport(at(A, B), Tangent([M_A], [M_B.mT]), [A_to], [B_to.mT])
         got = B_to @ kept.A[0] + kept.B[0].mT @ A_to
         for i in range(2):
             want = tangent.project(A_to[i].numpy(), B_to[i].numpy(), M[i].numpy())

@@ -115,15 +115,11 @@ def align(
     """
     check_choice("x", x, X_CHOICES)
     _check_shapes(A, B, grad_A, grad_B)
-    at = point_at(_rows(A), _rows(B.mT), _per_pair(scaling, A))
+    grads = [None if g is None else _rows(g) for g in (grad_A, _transposed(grad_B))]
+    at = point_at(_rows(A), _rows(B.mT), _per_pair(scaling, A), *grads)
     if isinstance(damping, Tensor) or damping:
         at = at.damped(_per_pair(damping, A))
-    d_A, d_B = align_at(
-        at,
-        None if grad_A is None else _rows(grad_A),
-        None if grad_B is None else _rows(grad_B.mT),
-        x=x,
-    )
+    d_A, d_B = align_at(at, x=x)
     return (
         None if d_A is None else d_A[0].to(A.dtype).reshape(A.shape),
         None if d_B is None else d_B[0].mT.to(B.dtype).reshape(B.shape),
@@ -132,14 +128,17 @@ def align(
 
 @dataclass(frozen=True)
 class Point:
-    """Factors of many pairs, and what every formula needs of them.
+    """Factors of many pairs with their gradients, and what every formula needs of them.
 
     Attributes:
         A: rows (kᵢ, r, nᵢ), in float32 or float64.
         B: rows of ``Bᵀ``, (kᵢ, r, mᵢ).
         s: scalings (k, 1, 1) in float64.
+        grad_A: as A; ``None`` where A is frozen.
+        grad_B: as B; likewise.
         S_A: ``A·Aᵀ``, (k, r, r).
         S_B: ``Bᵀ·B``.
+        K: ``grad_A·Aᵀ``; ``None`` where a factor is frozen.
         inv_A: inverse of ``S_A``.
         inv_B: inverse of ``S_B``.
         total: adds up Gram matrices over processes that hold parts of the rows.
@@ -148,8 +147,11 @@ class Point:
     A: Rows
     B: Rows
     s: Tensor
+    grad_A: Rows | None
+    grad_B: Rows | None
     S_A: Tensor
     S_B: Tensor
+    K: Tensor | None
     inv_A: Inverse
     inv_B: Inverse
     total: Total
@@ -164,32 +166,44 @@ class Point:
         S = torch.addcmul(self.S_B, (length / self.s).square(), self.inv_A.full)
         return replace(self, inv_B=inverse(S, self.dtype))
 
+    def along(self, grad_A: Rows | None, grad_B: Rows | None) -> Point:
+        """The same with other gradients."""
+        frozen = grad_A is None or grad_B is None
+        K = None if frozen else self.total(inner((grad_A, self.A)))  # type: ignore[arg-type]
+        return replace(self, grad_A=grad_A, grad_B=grad_B, K=K)
 
-def point_at(A: Rows, B: Rows, s: Tensor, total: Total = lambda gram: gram) -> Point:
-    """Gram matrices of the factors, in one call of ``total``, and their inverses."""
-    S_A, S_B = S = total(inner((A, A), (B, B))).chunk(2)
-    inv_A, inv_B = inverses(S, A[0].dtype)
-    return Point(A, B, s, S_A, S_B, inv_A, inv_B, total)
+
+def point_at(
+    A: Rows,
+    B: Rows,
+    s: Tensor,
+    grad_A: Rows | None = None,
+    grad_B: Rows | None = None,
+    total: Total = lambda gram: gram,
+) -> Point:
+    """Gram matrices of factors and gradients, in one call of ``total``, and their inverses."""
+    if grad_A is None or grad_B is None:
+        (S_A, S_B), K = total(inner((A, A), (B, B))).chunk(2), None
+    else:
+        S_A, K, S_B = total(inner((A, A, grad_A), (B, B))).chunk(3)
+        K = K.mT
+    return Point(A, B, s, grad_A, grad_B, S_A, S_B, K, *inverses((S_A, S_B), A[0].dtype), total)
 
 
-def align_at(
-    at: Point, grad_A: Rows | None, grad_B: Rows | None, *, x: str
-) -> tuple[Rows | None, Rows | None]:
+def align_at(at: Point, *, x: str) -> tuple[Rows | None, Rows | None]:
     """:func:`align` on rows of many shapes; ``None`` where a factor is frozen.
 
     ``d_A = s⁻²(S_B⁻¹·grad_A + X·A)``, ``d_B = s⁻²(grad_B·S_A⁻¹ − B·C)``, X and C of :func:`shares`.
     """
-    square = at.s**-2
-    if grad_A is None or grad_B is None:
-        return (
-            None if grad_A is None else at.inv_B(grad_A, square),
-            None if grad_B is None else at.inv_A(grad_B, square),
-        )
-    X, C = shares(at, at.total(inner((grad_A, at.A))), x)
-    d_B = at.inv_A(grad_B, square, (-square * C.mT, at.B))
-    if X is None:
-        return at.inv_B(grad_A, square), d_B
-    return at.inv_B(grad_A, square, (square * X, at.A)), d_B
+    square, to_A, to_B = at.s**-2, [], []
+    if at.K is not None:
+        X, C = shares(at, at.K, x)
+        to_A = [] if X is None else [(square * X, at.A)]
+        to_B = [(-square * C.mT, at.B)]
+    return (
+        None if at.grad_A is None else at.inv_B(at.grad_A, square, *to_A),
+        None if at.grad_B is None else at.inv_A(at.grad_B, square, *to_B),
+    )
 
 
 def shares(
@@ -331,6 +345,10 @@ def predicted_decrease(
 def _rows(X: Tensor) -> Rows:
     """A batch of matrices as the rows of one shape, in float32 at least."""
     return [X.reshape(-1, *X.shape[-2:]).to(_at_least_float32(X.dtype))]
+
+
+def _transposed(X: Tensor | None) -> Tensor | None:
+    return None if X is None else X.mT
 
 
 def _per_pair(value: float | Tensor, like: Tensor) -> Tensor:

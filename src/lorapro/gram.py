@@ -70,7 +70,7 @@ def inner(*sets: Sequence[Rows]) -> Tensor:
 
 def spread(C: Tensor, frame: Sequence[Rows]) -> list[tuple[Tensor, Rows]]:
     """``C·[X; Y; …]`` as terms of :func:`combine`, without putting rows under one another."""
-    parts = C.split([X[0].shape[-2] for X in frame], -1)
+    parts = C.to(frame[0][0].dtype).split([X[0].shape[-2] for X in frame], -1)
     return list(zip(parts, frame, strict=True))
 
 

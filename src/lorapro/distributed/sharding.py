@@ -56,7 +56,7 @@ class Sharding:
     """How the two factors of a pair are split.
 
     Attributes:
-        mesh: the DeviceMesh.
+        mesh: the DeviceMesh; ``None`` for ordinary tensors.
         dim: the dimension of the mesh that factors are split over; ``None`` if every process holds
             them whole.
         A_by_rows: whether A is split over its rows, the rank, and has to change hands.
@@ -67,6 +67,11 @@ class Sharding:
     dim: int | None
     A_by_rows: bool
     B_by_rows: bool
+
+    @property
+    def by_rows(self) -> tuple[bool, bool]:
+        """``(A_by_rows, B_by_rows)``."""
+        return self.A_by_rows, self.B_by_rows
 
     @property
     def group(self) -> Any:
@@ -111,6 +116,8 @@ class Sharding:
 
     def whole(self, X: Sequence[Tensor], columns: Sequence[int]) -> list[Tensor]:
         """Own columns (k, r, N/parts) to all columns (k, r, N)."""
+        if self.dim is None:
+            return list(X)
         w = self.parts
         shapes = [
             [(*x.shape[:2], _size(N, w, j)) for x, N in zip(X, columns, strict=True)]
@@ -121,6 +128,8 @@ class Sharding:
 
     def sum_to_columns(self, X: Sequence[Tensor]) -> list[Tensor]:
         """A sum over processes of (k, r, N), of which each keeps its own columns."""
+        if self.dim is None:
+            return list(X)
         w, me = self.parts, self.rank
         send = [[x[..., chunk(x.shape[-1], w, j)] for x in X] for j in range(w)]
         shapes = [[(*x.shape[:2], _size(x.shape[-1], w, me)) for x in X]] * w
@@ -131,8 +140,6 @@ class Sharding:
         self, send: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[list[Tensor]]:
         """Tensors for each process to tensors from each process: one all-to-all."""
-        if self.dim is None:
-            return [list(send[0])]
         packed = [torch.cat([x.reshape(-1) for x in to]) for to in send]
         counts = [[math.prod(shape) for shape in of] for of in shapes]
         sizes = [sum(of) for of in counts]
@@ -145,8 +152,8 @@ class Sharding:
         ]
 
 
-def sharding_of(pair: LoraPair, A: Tensor, B: Tensor) -> Sharding | None:
-    """How two parameters are split; ``None`` for ordinary tensors.
+def sharding_of(pair: LoraPair, A: Tensor, B: Tensor) -> Sharding:
+    """How two parameters are split; ordinary tensors are not.
 
     Raises:
         ValueError: a split that no step can work with, named with what to use instead.
@@ -157,7 +164,7 @@ def sharding_of(pair: LoraPair, A: Tensor, B: Tensor) -> Sharding | None:
             f"and not supported here: shard with FSDP2, {OURS}."
         )
     if not (dist.is_available() and (isinstance(A, DTensor) or isinstance(B, DTensor))):
-        return None
+        return Sharding(None, None, False, False)
     if not (isinstance(A, DTensor) and isinstance(B, DTensor)):
         whole, split = "AB" if isinstance(B, DTensor) else "BA"
         raise ValueError(

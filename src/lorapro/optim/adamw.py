@@ -18,7 +18,7 @@ from lorapro.functional import Point, align_at, step_length
 from lorapro.gram import Rows, inner, trace
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, plain_gradients
 from lorapro.optim.base import BASE, PAIRS
-from lorapro.optim.batches import Batches, Part, batches_of
+from lorapro.optim.batches import OF_A, OF_B, Batches, Part, batches_of
 from lorapro.optim.rules import Direction, Tangent, factored_adam, squared_means
 from lorapro.optim.tangent import DAMPING, Rule, TangentOptimizer, shrunk, store, tangent_of
 
@@ -146,54 +146,55 @@ class LoraProAdamW(TangentOptimizer):
     def _efficient(self, group: dict[str, Any], batches: Batches) -> None:
         """Algorithm 2: AdamW on the aligned gradients."""
         directions = efficient_directions(batches, group["x"], group["damping"] * group["lr"])
-        self.adamw_update(batches.moved, batches.unstack_moved(*directions), group)
+        self.adamw_update(batches.moved, batches.moved_tensors(*directions), group)
 
     def _full(self, group: dict[str, Any], batches: Batches) -> None:
         """Algorithm 3: AdamW's moments of g̃, aligned again."""
         at = batches.point()
-        G = tangent_of(at, *align_at(at, *batches.gradients(), x="zero"))
+        G = tangent_of(at, *align_at(at, x="zero"))
         self._make_full_state(batches)
-        steps = self.held(batches.B, STEP)
-        m, v = (local(self.held(batches.B, key)) for key in (EXP_AVG, EXP_AVG_SQ))
-        torch._foreach_add_(steps + self.held(batches.A, STEP), 1)
-        t = batches.per_matrix(steps)
-        (beta1, beta2), s = group["betas"], at.s.to(at.dtype)
+        of_B = batches.params(OF_B)
+        steps = self.held(of_B, STEP)
+        m, v = (local(self.held(of_B, key)) for key in (EXP_AVG, EXP_AVG_SQ))
+        torch._foreach_add_(steps + self.held(batches.params(OF_A), STEP), 1)
+        t, s = batches.per_matrix(steps), at.s.to(at.dtype)
+        (beta1, beta2), lr = group["betas"], group["lr"]
         root = (1 - beta2**t).sqrt()
-        corrections = (group["eps"] * root, root / (1 - beta1**t))
         sizes = [part.count for part in batches.parts]
-        A, G_A = batches.whole_A(at.A), batches.whole_A(G.A)
+        eps, scale = (
+            x.to(at.dtype).split(sizes) for x in (group["eps"] * root, at.s * root / (1 - beta1**t))
+        )
+        A, G_A = (
+            batches.sharding.whole(X, [p.shape[1] for p in batches.parts]) for X in (at.A, G.A)
+        )
         h_A: list[Tensor] = []
         h_B: list[Tensor] = []
         first = 0
-        for i, part in enumerate(batches.parts):
-            here = slice(first, first + len(part.B))
+        for i, (part, s_i) in enumerate(zip(batches.parts, s.split(sizes), strict=True)):
+            here = slice(first, first + len(part.scalings))
             first = here.stop
-            eps, size = (c.to(at.dtype).split(sizes)[i] for c in corrections)
-            s_i = s.split(sizes)[i]
             g = torch.baddbmm(G.B[i].mT @ A[i], at.B[i].mT, G_A[i]).mul_(s_i)
-            h = _adam_direction(part, g, m[here], v[here], (beta1, beta2), eps).mul_(size * s_i)
+            h = _adam_direction(part, g, m[here], v[here], group["betas"], eps[i]).mul_(scale[i])
             h_A.append(at.B[i] @ h)
             h_B.append(A[i] @ h.mT)
-        h_A = list(batches.sum_to_A(h_A))
+        h_A = batches.sharding.sum_to_columns(h_A)
         if group["damping"]:
-            length = step_length(at, at.total(inner((h_B, h_B))))
-            at = at.damped(group["damping"] * group["lr"] * length)
-        d_A, d_B = align_at(
-            at, h_A if batches.moves_A else None, h_B if batches.moves_B else None, x=group["x"]
+            at = at.damped(group["damping"] * lr * step_length(at, at.total(inner((h_B, h_B)))))
+        at = at.along(
+            *(h if moves else None for h, moves in zip((h_A, h_B), batches.moves, strict=True))
         )
-        lr, decay = group["lr"], group["weight_decay"]
         new = [
             None
             if d is None
-            else [p - lr * q for p, q in zip(shrunk(P, lr, decay), d, strict=True)]
-            for P, d in ((at.A, d_A), (at.B, d_B))
+            else [p - lr * q for p, q in zip(shrunk(P, lr, group["weight_decay"]), d, strict=True)]
+            for P, d in zip((at.A, at.B), align_at(at, x=group["x"]), strict=True)
         ]
-        store(batches.moved, batches.unstack_moved(*new))
+        store(batches.moved, batches.moved_tensors(*new))
 
     def _make_full_state(self, batches: Batches) -> None:
         for part in batches.parts:
             m, n = part.shape
-            for A, B in zip(part.A, part.B, strict=True):
+            for A, B in zip(*part.params, strict=True):
                 if not self.state[B]:
                     self.new_adam_state(B, shape=torch.Size((part.blocks, m, n)))
                 if not self.state[A]:  # torch.distributed.checkpoint wants a state of everything
@@ -208,34 +209,30 @@ class LoraProAdamW(TangentOptimizer):
     def new_state(self, A: Tensor, B: Tensor, blocks: int) -> None:
         """Momentum and the two means of factored mode."""
         super().new_state(A, B, blocks)
-        rank = A.shape[0] // blocks if A.shape[0] % blocks == 0 else A.shape[0]
-        m, n = (p.numel() // (rank * blocks) for p in (B, A))
+        m, n = (p.numel() // A.shape[0] for p in (B, A))
         self.state[B][ROWS] = zeros_like_columns(B, (blocks, m), 1)
         self.state[A][COLUMNS] = zeros_like_columns(A, (blocks, n), 1)
 
     def rule(self, group: dict[str, Any], batches: Batches) -> Rule:
         """Factored mode: AdamW with row and column means for a second moment."""
         beta1, beta2 = group["betas"]
-        t = batches.per_matrix(self.held(batches.B, STEP))
+        t = batches.per_matrix(self.held(batches.params(OF_B), STEP))
         m = batches.per_part(lambda shape: shape[0])
         n = batches.per_part(lambda shape: shape[1])
 
         def direction(at: Point, M: Tangent, G: Tangent) -> Direction:
             rows, columns = squared_means(at, G, m, n)
-            of_A, of_B = [part.A for part in batches.parts], [part.B for part in batches.parts]
-            rows = self._average(batches, of_B, ROWS, rows, beta2)
-            columns = self._average(batches, of_A, COLUMNS, columns, beta2)
+            rows = self._average(batches, OF_B, ROWS, rows, beta2)
+            columns = self._average(batches, OF_A, COLUMNS, columns, beta2)
             root = (1 - beta2**t).sqrt()
             scale, eps = root / (1 - beta1**t), group["eps"] * root
             return factored_adam(at, M, rows, columns, batches.means_of_B(rows), scale, eps)
 
         return direction
 
-    def _average(
-        self, batches: Batches, params: list[list[Tensor]], key: str, new: Rows, beta: float
-    ) -> Rows:
+    def _average(self, batches: Batches, side: int, key: str, new: Rows, beta: float) -> Rows:
         """Moving averages of what is kept of the parameters of every part."""
-        held = [local(self.held(of_part, key)) for of_part in params]
+        held = [local(self.held(part.params[side], key)) for part in batches.parts]
         dtype = held[0][0].dtype
         values = [
             v
@@ -258,7 +255,7 @@ def efficient_directions(
     if isinstance(reach, Tensor) or reach:
         columns = batches.per_part(lambda shape: shape[0] ** 0.5)
         at = at.damped(reach * columns * at.s * (trace(at.S_A) / at.S_A.shape[-1]).sqrt())
-    return align_at(at, *batches.gradients(), x=x)
+    return align_at(at, x=x)
 
 
 def _adam_direction(

@@ -103,7 +103,7 @@ def align_gradients(
             reach = damping * _lr_of(inner, batches.moved[0]) if damping else 0.0
             directions = efficient_directions(batches, x, reach)
             held: list[Any] = [p.grad for p in batches.moved]
-            torch._foreach_copy_(local(held), batches.unstack_moved(*directions))
+            torch._foreach_copy_(local(held), batches.moved_tensors(*directions))
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

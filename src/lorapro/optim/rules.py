@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, baddbmm, bmm
 
 from lorapro.functional import Point
-from lorapro.gram import Rows, combine, inner, orthonormal, trace
+from lorapro.gram import Rows, combine, inner, orthonormal, trace, unit
 
 __all__ = ["Direction", "Tangent", "factored_adam", "muon", "polar", "squared_means"]
 
@@ -35,10 +35,9 @@ class Tangent(NamedTuple):
 
     def lerp(self, end: Tangent, weight: float | Tensor) -> Tangent:
         """``(1 − weight)·self + weight·end``."""
-        return Tangent(
-            [a.lerp(b, weight) for a, b in zip(self.A, end.A, strict=True)],
-            [a.lerp(b, weight) for a, b in zip(self.B, end.B, strict=True)],
-        )
+        old, new = ([*of.A, *of.B] for of in (self, end))
+        mixed = list(torch._foreach_lerp(old, new, weight))
+        return Tangent(mixed[: len(self.A)], mixed[len(self.A) :])
 
     def frame(self, at: Point) -> tuple[Frame, Frame]:
         """``R = [A_part; A]`` and ``L = [B, B_part]``: the vector is ``s·L·R``."""
@@ -111,39 +110,44 @@ def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Ro
     square, means = at.s.square(), []
     for rows, others, length in ((left, RR, n), (right, LL, m)):
         seen = combine((square / length * others, rows))
-        means.append([(x * y).sum(-2) for x, y in zip(seen, rows, strict=True)])
+        means.append([x.sum(-2) for x in torch._foreach_mul(list(seen), list(rows))])
     return means[0], means[1]
 
 
 def factored_adam(
-    at: Point, M: Tangent, rows: Rows, columns: Rows, means: Rows, scale: Tensor, eps: Tensor
+    at: Point, M: Tangent, rows: Rows, columns: Rows, means: Tensor, scale: Tensor, eps: Tensor
 ) -> Direction:
     """AdamW with a second moment of row and column means: ``h = D_row·M̂·D_col``.
 
-    ``v̂ ≈ rows·columns/mean(rows)``, so ``D_row = 1/√(rows/mean(rows))`` and
-    ``D_col = 1/(√columns + ε)``; a row that never saw a gradient has no direction either.
+    ``v̂ ≈ rows·columns/means``, so ``D_row = 1/√(rows/means)`` and
+    ``D_col = 1/(√(columns/means) + ε/√means)``, with ``1/√means`` left to ``scale``.
 
     Args:
         at: the factors.
         M: the first moment.
         rows: second moments of the rows of W (k, m).
         columns: of its columns (k, n).
-        means: of all rows, wherever they are held, (k, 1).
+        means: of all rows, wherever they are held, (k, 1, 1).
         scale: (k, 1, 1), both bias corrections: ``√(1 − β2ᵗ)/(1 − β1ᵗ)``.
         eps: ``ε·√(1 − β2ᵗ)``, (k, 1, 1).
     """
     right, left = (_under(*frame) for frame in M.frame(at))
-    floors = eps[..., 0].to(at.dtype).split([len(x) for x in right])
-    noise = 16 * torch.finfo(at.dtype).eps  # where no more was seen, M holds no more either
-    for i, (row, column, floor, mean) in enumerate(zip(rows, columns, floors, means, strict=True)):
-        least = noise * mean
-        weight = (mean / torch.maximum(row, least)).sqrt().nan_to_num()
-        left[i] = left[i] * weight[:, None]
-        right[i] = right[i] / (torch.maximum(column, least).sqrt() + floor)[:, None]
+    sizes, means = [len(x) for x in right], unit(means)
+    root_mean = means.rsqrt()
+    units, floors = (x[..., 0].to(at.dtype).split(sizes) for x in (means, eps * root_mean))
+    shares = [x / size for X in (rows, columns) for x, size in zip(X, units, strict=True)]
+    # Where no more than rounding was seen, M holds no more either.
+    roots = torch._foreach_sqrt(torch._foreach_clamp_min(shares, 16 * torch.finfo(at.dtype).eps))
+    left = [x / root[:, None] for x, root in zip(left, roots, strict=False)]
+    right = [
+        x / (root + floor)[:, None]
+        for x, root, floor in zip(right, roots[len(left) :], floors, strict=True)
+    ]
     left_left = at.total(inner((left, left)))
-    left_B, right_A = at.total(inner((at.B, left))), at.total(inner((right, at.A)))
+    left_B, right_A = at.total(inner((at.B, left), (at.A, right))).chunk(2)
     eye = torch.eye(left_left.shape[-1], dtype=at.s.dtype, device=at.s.device)
-    return Direction((left,), (right,), at.s * scale * eye, left_B, right_A, left_left)
+    core = at.s * scale * root_mean * eye
+    return Direction((left,), (right,), core, left_B, right_A.mT, left_left)
 
 
 def _under(X: Rows, Y: Rows) -> list[Tensor]:

@@ -82,12 +82,11 @@ class LoraProSGD(PairOptimizer):
             return
         for batches in batches_of(group["pairs"], group["params"]):
             at = batches.point()
-            grad_A, grad_B = batches.gradients()
-            if group["damping"] and grad_B is not None:
-                length = step_length(at, at.total(inner((grad_B, grad_B))))
+            if group["damping"] and at.grad_B is not None:
+                length = step_length(at, at.total(inner((at.grad_B, at.grad_B))))
                 at = at.damped(group["damping"] * group["lr"] * length)
-            directions = align_at(at, grad_A, grad_B, x=group["x"])
-            self._descend(batches.moved, batches.unstack_moved(*directions), group)
+            directions = batches.moved_tensors(*align_at(at, x=group["x"]))
+            self._descend(batches.moved, directions, group)
 
     def _descend(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         if not params:

@@ -29,7 +29,7 @@ from lorapro.distributed.sharding import local
 from lorapro.functional import Point, align_at, shares, step_length
 from lorapro.gram import Rows, combine, inner, inverses, spread, trace
 from lorapro.optim.adam_rule import STEP, AdamRule
-from lorapro.optim.batches import Batches, batches_of
+from lorapro.optim.batches import OF_A, OF_B, Batches, batches_of
 from lorapro.optim.rules import Direction, Tangent
 
 __all__ = ["DAMPING", "Rule", "TangentOptimizer", "align_direction", "transport"]
@@ -67,46 +67,42 @@ class TangentOptimizer(AdamRule):
         """One step of every pair of a group."""
         for batches in batches_of(group["pairs"], group["params"]):
             for part in batches.parts:
-                for A, B in zip(part.A, part.B, strict=True):
+                for A, B in zip(*part.params, strict=True):
                     if MOMENTUM not in self.state[B]:
                         self.new_state(A, B, part.blocks)
                     self.check_state(B, MOMENTUM, B.shape)
                     self.check_state(A, MOMENTUM, A.shape)
-            torch._foreach_add_(self.held(batches.B, STEP), 1)
-            at = batches.point()
-            M = Tangent(
-                batches.rows_A(lambda p: self.state[p][MOMENTUM]),
-                batches.rows_B(lambda p: self.state[p][MOMENTUM]),
-            )
+            params = batches.params(OF_A), batches.params(OF_B)
+            torch._foreach_add_(self.held(params[OF_B], STEP), 1)
+            momentum = (batches.rows(i, lambda p: self.state[p][MOMENTUM]) for i in (OF_A, OF_B))
             rule = self.rule(group, batches)
             factors, M = tangent_step(
-                at, batches.gradients(), M, rule, self.decay(group), group, batches
+                batches.point(), Tangent(*momentum), rule, self.decay(group), group, batches
             )
-            store(batches.moved, batches.unstack_moved(*factors))
-            store(self.held(batches.A, MOMENTUM), batches.unstack_A(M.A))
-            store(self.held(batches.B, MOMENTUM), batches.unstack_B(M.B))
+            store(batches.moved, batches.moved_tensors(*factors))
+            for side, rows in enumerate(M):
+                store(self.held(params[side], MOMENTUM), batches.tensors(side, rows))
 
 
 def tangent_step(
-    at: Point,
-    gradients: tuple[Rows | None, Rows | None],
-    M: Tangent,
-    rule: Rule,
-    beta: float,
-    group: dict[str, Any],
-    batches: Batches,
+    at: Point, M: Tangent, rule: Rule, beta: float, group: dict[str, Any], batches: Batches
 ) -> tuple[tuple[Rows, Rows], Tangent]:
     """New factors and new momentum, from the old ones and the gradients."""
     lr, decay = group["lr"], group["weight_decay"]
-    G = tangent_of(at, *align_at(at, *gradients, x="zero"))
+    G = tangent_of(at, *align_at(at, x="zero"))
     M = M.lerp(G, 1 - beta)
-    moves = (batches.moves_A, batches.moves_B)
-    to_A, to_B = align_direction(at, rule(at, M, G), group["damping"] * lr, group["x"], moves)
-    A, B = (shrunk(X, lr, decay) for X in (at.A, at.B))
-    A = combine(*((-lr * C, X) for C, X in to_A), onto=A) if to_A else at.A
-    B = combine(*((-lr * C, X) for C, X in to_B), onto=B) if to_B else at.B
-    new_A, new_B = rounded(A, batches.A[0]), rounded(B, batches.B[0])
-    return (new_A, new_B), transport(at, M, new_A, new_B)
+    directions = align_direction(
+        at, rule(at, M, G), group["damping"] * lr, group["x"], batches.moves
+    )
+    A, B = (
+        rounded(combine(*((-lr * C, X) for C, X in terms), onto=shrunk(old, lr, decay)), params[0])
+        if terms
+        else old
+        for old, terms, params in zip(
+            (at.A, at.B), directions, batches.parts[0].params, strict=True
+        )
+    )
+    return (A, B), transport(at, M, A, B)
 
 
 def shrunk(X: Rows, lr: float | Tensor, decay: float) -> Rows:

@@ -115,8 +115,8 @@ def align(
     """
     check_choice("x", x, X_CHOICES)
     _check_shapes(A, B, grad_A, grad_B)
-    grads = [None if g is None else _rows(g) for g in (grad_A, _transposed(grad_B))]
-    at = point_at(_rows(A), _rows(B.mT), _per_pair(scaling, A), *grads)
+    of_A, of_B = (None if g is None else _rows(g) for g in (grad_A, _transposed(grad_B)))
+    at = point_at(_rows(A), _rows(B.mT), _per_pair(scaling, A), of_A, of_B)
     if isinstance(damping, Tensor) or damping:
         at = at.damped(_per_pair(damping, A))
     d_A, d_B = align_at(at, x=x)
@@ -187,7 +187,8 @@ def point_at(
     else:
         S_A, K, S_B = total(inner((A, A, grad_A), (B, B))).chunk(3)
         K = K.mT
-    return Point(A, B, s, grad_A, grad_B, S_A, S_B, K, *inverses((S_A, S_B), A[0].dtype), total)
+    inv_A, inv_B = inverses((S_A, S_B), A[0].dtype)
+    return Point(A, B, s, grad_A, grad_B, S_A, S_B, K, inv_A, inv_B, total)
 
 
 def align_at(at: Point, *, x: str) -> tuple[Rows | None, Rows | None]:

@@ -157,8 +157,8 @@ class Batches:
     def point(self) -> Point:
         """The factors and their gradients."""
         s = self.per_pair([s for p in self.parts for s in p.scalings for _ in range(p.blocks)])
-        grads = [self.rows(i, _gradient) if moves else None for i, moves in enumerate(self.moves)]
-        return point_at(self.rows(OF_A), self.rows(OF_B), s, *grads, total=self.sharding.total)
+        of_A, of_B = (self.rows(i, _gradient) if m else None for i, m in enumerate(self.moves))
+        return point_at(self.rows(OF_A), self.rows(OF_B), s, of_A, of_B, self.sharding.total)
 
     def means_of_B(self, rows: Rows) -> Tensor:
         """Means of numbers (k, m), one for each row of B: (k, 1, 1) in float64."""

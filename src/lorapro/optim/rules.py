@@ -33,7 +33,7 @@ class Tangent(NamedTuple):
     A: Rows
     B: Rows
 
-    def lerp(self, end: Tangent, weight: float | Tensor) -> Tangent:
+    def lerp(self, end: Tangent, weight: float) -> Tangent:
         """``(1 − weight)·self + weight·end``."""
         old, new = ([*of.A, *of.B] for of in (self, end))
         mixed = list(torch._foreach_lerp(old, new, weight))

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import lorapro
 import lorapro.functional as F
+from fault_cases import create, every_kind, trained
 from helpers import loss_of, mlp, pairs_of, randomise_B
-from lorapro.factors import LoraPair
-
-KINDS = {
-    "efficient": {},
-    "full": {"mode": "full"},
-    "factored": {"mode": "factored"},
-    "muon": {"optimizer": "muon"},
-    "sgd": {"optimizer": "sgd", "momentum": 0.9},
-}
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def create(model, kind):
-    return lorapro.create_lorapro_optimizer(model, lr=1e-2, **KINDS[kind])
-
-
-def trained(seed=0):
-    model = randomise_B(mlp())
-    loss_of(model, seed=seed).backward()
-    return model
 
 
 @every_kind
@@ -46,60 +24,6 @@ def test_a_step_without_any_gradient_names_a_pair(kind):
     lorapro.align_gradients(optimizer, model)
     with pytest.raises(ValueError, match="none of 2 pairs has a gradient"):
         optimizer.step()
-
-
-@every_kind
-def test_a_scaling_changed_after_construction_is_followed(kind):
-    ends = []
-    for late in (False, True):
-        model = mlp()
-        layer = model.base_model.model[0]
-        optimizer = create(model, kind) if late else None
-        layer.set_scale("default", 3.0)
-        optimizer = optimizer or create(model, kind)
-        for seed in range(3):
-            optimizer.zero_grad()
-            loss_of(model, seed=seed).backward()
-            optimizer.step()
-        ends.append([p.detach() for p in model.parameters()])
-    torch.testing.assert_close(*ends, rtol=0, atol=0)
-
-
-@every_kind
-def test_an_adapter_merged_or_deleted_is_refused_by_name(kind):
-    model = trained()
-    optimizer = create(model, kind)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match=r"'base_model\.model\.0': adapter 'default' is merged"):
-        optimizer.step()
-    model.unmerge_adapter()
-    optimizer.step()
-    for layer in (model.base_model.model[0], model.base_model.model[2]):
-        layer.delete_adapter("default")
-    with pytest.raises(ValueError, match="adapter 'default' was deleted"):
-        optimizer.step()
-
-
-@every_kind
-def test_a_state_of_another_shape_with_as_many_numbers_is_refused(kind):
-    def pair(r, n):
-        A, B = nn.Parameter(torch.ones(r, n)), nn.Parameter(torch.ones(n, r))
-        A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
-        return LoraPair("w", A, B, scaling=1.0)
-
-    def built(held):
-        options = dict(KINDS[kind])
-        cls = {"muon": lorapro.LoraProMuon, "sgd": lorapro.LoraProSGD}.get(
-            options.pop("optimizer", None), lorapro.LoraProAdamW
-        )
-        return cls(lorapro.lora_param_groups(None, pairs=[held]), lr=1e-3, **options)
-
-    saved = built(pair(2, 8))
-    saved.step()
-    other = built(pair(4, 4))
-    other.load_state_dict(copy.deepcopy(saved.state_dict()))
-    with pytest.raises(ValueError, match=r"of pair 'w' is .* expected .*another model, rank"):
-        other.step()
 
 
 @every_kind

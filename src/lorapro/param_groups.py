@@ -19,6 +19,7 @@ from lorapro.factors import (
     is_tuner_layer,
     memory_of,
 )
+from lorapro.live import Places
 
 __all__ = ["lora_param_groups"]
 
@@ -88,12 +89,15 @@ def lora_param_groups(
     if weight_decay is not None:
         options["weight_decay"] = weight_decay
     groups = [{**_pairs_group(all_pairs), **options}]
+    if model is not None:
+        groups[0]["places"] = Places(model, groups[0]["params"])
     plain = list(_plain_parameters(model, all_pairs, adapter))
     if plain:
         groups.append(
             {
                 "params": [p for _, p in plain],
                 "names": [n for n, _ in plain],
+                "places": Places(model, [p for _, p in plain]),
                 "role": "plain",
                 "unaligned": [name for name, _ in found.unaligned],
                 **options,

@@ -18,14 +18,15 @@ from torch.optim import Optimizer
 
 from lorapro.choices import check_choice
 from lorapro.distributed.sharding import local, sharding_of
-from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
+from lorapro.live import HELD, Places, check_current, check_gradients, name_of
+from lorapro.states import DESCRIBED, check_same, describe
 
 __all__ = ["BASE", "PAIRS", "PLAIN", "PairOptimizer"]
 
 PAIRS, PLAIN, BASE = "pairs", "plain", "base"
 # What describes the model rather than the run: kept from the live optimizer when a state is loaded.
-STRUCTURE = ("role", "pairs", "names", "unaligned")
+STRUCTURE = ("role", "pairs", "names", "places", "unaligned")
 WEIGHT = "weight"
 
 
@@ -78,9 +79,14 @@ class PairOptimizer(Optimizer):
                 sharding_of(pair, A, B)  # refuses what no step could work with
         moved = self.bases_to_move(group)
         super().add_param_group(group)
+        for p in group["params"]:
+            setattr(p, HELD, True)
         if moved:
             options = {k: group[k] for k in self.defaults}
-            super().add_param_group({"params": moved, "role": BASE, **options})
+            bases: dict[str, Any] = {"params": moved, "role": BASE}
+            if group.get("places"):
+                bases["places"] = Places(group["places"].model, moved)
+            super().add_param_group({**bases, **options})
 
     def bases_to_move(self, group: dict[str, Any]) -> list[Any]:
         """Base weights that a new group of pairs makes this optimizer decay: none, as a rule."""
@@ -104,7 +110,8 @@ class PairOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        if not torch.compiler.is_compiling():
+            self._check_live()
         for group in self.param_groups:
             if group["role"] == BASE:
                 self._decay_bases(group)
@@ -112,21 +119,20 @@ class PairOptimizer(Optimizer):
                 self.update(group)
         return loss
 
-    def _check_gradients(self) -> None:
-        """Refuse a step in which no pair has a gradient: its factors are not the model's.
-
-        Raises:
-            ValueError: names the first pair.
-        """
+    def _check_live(self) -> None:
+        """Refuse a step on what the model no longer trains, see ``lorapro.live``."""
+        check_current(self.param_groups)
         groups = [group for group in self.param_groups if group["role"] == PAIRS]
-        if not any(p.grad is not None for group in groups for p in group["params"]):
-            raise no_gradient(groups[0]["pairs"])
+        pairs = [pair for group in groups for pair in group["pairs"]]
+        params = [p for group in groups for p in group["params"]]
+        check_gradients(pairs, params, first=not getattr(self, "_has_stepped", False))
+        self._has_stepped = True
 
     def check_state(self, p: Tensor, key: str, shape: Sequence[int]) -> None:
-        """Refuse a state that was loaded and has another shape than it should.
+        """Refuse a state that does not go with its parameter, by shape, dtype or device.
 
         Raises:
-            ValueError: names the parameter, the entry and both shapes.
+            ValueError: names the parameter, the entry and both.
         """
         held = self.state[p][key]
         whole = hasattr(p, "placements") and not hasattr(held, "placements")
@@ -136,15 +142,20 @@ class PairOptimizer(Optimizer):
                 f"{key} of {self.name_of(p)} is {tuple(held.shape)}, expected {tuple(shape)}{kind}"
                 ": the state loaded was saved for another model, rank or sharding."
             )
+        exact = p.dtype == torch.float16 and held.dtype == torch.float32
+        if held.device != p.device or not (held.dtype == p.dtype or exact):
+            raise ValueError(
+                f"{key} of {self.name_of(p)} is {held.dtype} on {held.device}, the parameter "
+                f"{p.dtype} on {p.device}: it was moved by model.to(…) after a step. Build a new "
+                "optimizer and load this one's state_dict."
+            )
 
     def name_of(self, p: Tensor) -> str:
         """What a parameter is called in messages."""
         for group in self.param_groups:
             for i, q in enumerate(group["params"]):
-                if p is q and "pairs" in group:
-                    return f"factor {'AB'[i % 2]} of pair {group['pairs'][i // 2].name!r}"
-                if p is q and "names" in group:
-                    return repr(group["names"][i])
+                if p is q:
+                    return name_of(group, i)
         return "a parameter"
 
     def _decay_bases(self, group: dict[str, Any]) -> None:
@@ -162,14 +173,9 @@ class PairOptimizer(Optimizer):
         packed = super().state_dict()
         self._drop_carried_weights()
         for group in packed["param_groups"]:
+            group.pop("places", None)
             if "pairs" in group:
-                pairs: list[LoraPair] = group.pop("pairs")
-                group |= {
-                    "names": [p.name for p in pairs],
-                    "scalings": [p.scaling for p in pairs],
-                    "layouts": [p.layout for p in pairs],
-                    "blocks": [p.blocks for p in pairs],
-                }
+                group |= describe(group.pop("pairs"))
         return packed
 
     @torch.no_grad()
@@ -177,33 +183,14 @@ class PairOptimizer(Optimizer):
         """As torch's. Pairs keep the scalings of the live model.
 
         Raises:
-            ValueError: the state was saved for other pairs.
+            ValueError: the state was saved for other pairs, ranks, shapes, or another mode or x.
         """
         live = [{k: g[k] for k in STRUCTURE if k in g} for g in self.param_groups]
-        for saved, group in zip(state_dict["param_groups"], live, strict=False):
-            names = [p.name for p in group["pairs"]] if "pairs" in group else group.get("names")
-            if "names" in saved and saved["names"] != names:
-                differ = [
-                    f"{a!r} (saved) and {b!r} (here)"
-                    for a, b in zip(saved["names"], names or [], strict=False)
-                    if a != b
-                ]
-                raise ValueError(
-                    "the saved state belongs to other parameters: "
-                    + (differ[0] if differ else "their numbers differ")
-                    + ". Load it into an optimizer built for the same model and adapter."
-                )
-        if state_dict["state"]:
-            for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-                if group["role"] == PAIRS and _rule(saved) != _rule(group):
-                    raise ValueError(
-                        f"the saved state is that of {_rule(saved)}, this optimizer runs "
-                        f"{_rule(group)}; build the same optimizer to go on from it."
-                    )
+        check_same(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
         self._keep_float32(state_dict)
         for group, own in zip(self.param_groups, live, strict=True):
-            for key in ("scalings", "layouts", "blocks"):
+            for key in DESCRIBED:
                 group.pop(key, None)
             group.update(own)
             for key, value in self.defaults.items():
@@ -229,25 +216,6 @@ class PairOptimizer(Optimizer):
             if group["role"] == BASE:
                 for p in group["params"]:
                     self.state.pop(p, None)
-
-
-def no_gradient(pairs: Sequence[LoraPair]) -> ValueError:
-    """The error of a step in which no pair has a gradient."""
-    return ValueError(
-        f"none of {len(pairs)} pairs has a gradient (the first is {pairs[0].name!r}): call "
-        "backward() before step(), and build the optimizer or hook from the parameters that the "
-        "model trains now, after fully_shard, FSDP or anything else that makes new ones."
-    )
-
-
-def _rule(group: dict[str, Any]) -> str:
-    """Which rule keeps the state of a group of pairs; torch's own AdamW and SGD are known too."""
-    if "mode" in group:
-        old = ", steady (moments in units that are gone, see damping)"
-        return f"AdamW, mode {group['mode']!r}" + (old if group.get("steady") else "")
-    if "betas" in group:
-        return "Muon" if "momentum" in group else "AdamW, mode 'efficient'"
-    return "SGD"
 
 
 def _check_lr(lr: Any) -> None:

@@ -14,8 +14,8 @@ from lorapro.choices import check_choice
 from lorapro.distributed.sharding import local
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
+from lorapro.live import HELD, check_current, check_gradients
 from lorapro.optim.adamw import efficient_directions
-from lorapro.optim.base import no_gradient
 from lorapro.optim.batches import batches_of
 from lorapro.param_groups import lora_param_groups
 
@@ -81,6 +81,10 @@ def align_gradients(
                 "build it from the parameters of this model."
             )
 
+    for g in inner.param_groups:
+        for p in g["params"]:
+            setattr(p, HELD, True)
+
     # Where each factor sits in the optimizer: accelerate exchanges parameters for sharded ones.
     places = {
         id(p): (g, i)
@@ -97,8 +101,10 @@ def align_gradients(
             for q in ([p] if at is None else inner.param_groups[at[0]]["params"][at[1] :][:1])
             if q.dim() == p.dim()
         ]
-        if params and all(p.grad is None for p in params):
-            raise no_gradient(pairs_)
+        check_current([{**group, "params": params}])
+        if params:
+            check_gradients(pairs_, params, first=not group.get("aligned"))
+        group["aligned"] = True
         for batches in batches_of(pairs_, params):
             reach = damping * _lr_of(inner, batches.moved[0]) if damping else 0.0
             directions = efficient_directions(batches, x, reach)

@@ -215,9 +215,7 @@ CONTESTANTS = {
     "efficient": Contestant(
         _ours("LoraProAdamW", mode="efficient"), 'LoraProAdamW(mode="efficient")'
     ),
-    "damped": Contestant(
-        _ours("LoraProAdamW", damping=3.0), "the same with damping=3, create_lorapro_optimizer's"
-    ),
+    "damped": Contestant(_ours("LoraProAdamW", damping=3.0), "the same with damping=3"),
     "factored": Contestant(_ours("LoraProAdamW", mode="factored"), 'LoraProAdamW(mode="factored")'),
     "full": Contestant(_ours("LoraProAdamW", mode="full"), 'LoraProAdamW(mode="full")'),
     "muon": Contestant(_ours("LoraProMuon"), "LoraProMuon"),

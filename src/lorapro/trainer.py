@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorapro.choices import check_choice
 from lorapro.optim.create import OPTIMIZERS, check_options, create_lorapro_optimizer
 from lorapro.param_groups import lora_param_groups
-from lorapro.rates import default_rate
+from lorapro.rates import chosen_rate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 __all__ = ["LoraProFactory", "trainer_optimizer", "use_lorapro"]
-
-logger = logging.getLogger(__name__)
 
 # TRL's default for supervised fine-tuning of all weights. A trainer whose own default is lower
 # (1e-6 for DPO, GRPO and the like) takes as much smaller steps, and so do we: not measured.
@@ -93,15 +90,8 @@ def _rate(args: TrainingArguments, optimizer: str, mode: str) -> float:
     if args.learning_rate not in (default, getattr(args, CHOSEN, None)):
         return args.learning_rate
     name = mode if optimizer == "adamw" else optimizer
-    rate = default_rate(optimizer, mode) * min(1.0, float(default) / SUPERVISED_RATE)
-    logger.warning(
-        "learning_rate %g is only the default of %s: lr = %g, where %s begins (lorapro.rates); "
-        "pass lr= for another",
-        float(default),
-        type(args).__name__,
-        rate,
-        name,
-    )
+    only = f"learning_rate {float(default):g} is only the default of {type(args).__name__}"
+    rate = chosen_rate(name, min(1.0, float(default) / SUPERVISED_RATE), only)
     args.learning_rate = rate  # what trackers and model cards will say
     setattr(args, CHOSEN, rate)
     return rate

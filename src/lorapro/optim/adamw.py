@@ -20,7 +20,8 @@ from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, plain_gradients
 from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.batches import OF_A, OF_B, Batches, Part, batches_of
 from lorapro.optim.rules import Direction, Tangent, factored_adam, squared_means
-from lorapro.optim.tangent import DAMPING, Rule, TangentOptimizer, shrunk, store, tangent_of
+from lorapro.optim.tangent import Rule, TangentOptimizer, shrunk, store, tangent_of
+from lorapro.rates import DAMPING, chosen_rate
 
 __all__ = ["MODES", "LoraProAdamW"]
 
@@ -57,14 +58,14 @@ class LoraProAdamW(TangentOptimizer):
 
     Args:
         params: groups from ``lorapro.lora_param_groups``.
-        lr: learning rate γ. Full and factored mode want full fine-tuning's, efficient
-            mode LoRA's or more.
+        lr: learning rate γ; ``None`` takes the mode's of ``lorapro.rates``, and logs it. Full and
+            factored mode want full fine-tuning's, efficient mode LoRA's or more.
         betas: decay rates of the first and second moment.
         eps: added to √v̂, as ``torch.optim.AdamW`` has it.
         weight_decay: λ.
         mode: ``"efficient"``, ``"full"`` or ``"factored"``.
         x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``, see :func:`lorapro.functional.align`.
-        damping: c, in steps; ``None`` is the mode's default.
+        damping: c, in steps; ``None`` takes the mode's of ``lorapro.rates``.
 
     Raises:
         ValueError: an argument out of range, an unknown mode or x, groups without pairs, or weight
@@ -84,7 +85,7 @@ class LoraProAdamW(TangentOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 2e-5,
+        lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -94,16 +95,14 @@ class LoraProAdamW(TangentOptimizer):
     ) -> None:
         self.check_adam(betas, eps)
         check_choice("mode", mode, MODES)
-        if damping is None:
-            damping = DAMPING if mode == "factored" else 0.0
         defaults = {
-            "lr": lr,
+            "lr": chosen_rate(mode) if lr is None else lr,
             "betas": tuple(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "mode": mode,
             "x": x,
-            "damping": damping,
+            "damping": DAMPING[mode] if damping is None else damping,
         }
         super().__init__(params, defaults)
 

@@ -16,9 +16,7 @@ from lorapro.optim.adamw import LoraProAdamW
 from lorapro.optim.base import PairOptimizer
 from lorapro.optim.muon import LoraProMuon
 from lorapro.optim.sgd import LoraProSGD
-from lorapro.optim.tangent import DAMPING
 from lorapro.param_groups import lora_param_groups
-from lorapro.rates import chosen_rate
 
 __all__ = ["OPTIMIZERS", "check_options", "create_lorapro_optimizer"]
 
@@ -40,8 +38,7 @@ def create_lorapro_optimizer(
 ) -> PairOptimizer:
     """Build the optimizer for a PEFT model: its pairs aligned, all else trainable plainly.
 
-    By default this is AdamW in efficient mode with ``damping=3``; :class:`LoraProAdamW` itself
-    defaults to the paper's Algorithm 2, ``damping=0``.
+    By default this is AdamW in efficient mode, the paper's Algorithm 2.
 
     Args:
         model: a PEFT model with trainable LoRA layers.
@@ -63,20 +60,19 @@ def create_lorapro_optimizer(
     >>> model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
     >>> create_lorapro_optimizer(model, mode="full", lr=1e-4).param_groups[0]["mode"]
     'full'
-    >>> create_lorapro_optimizer(model, lr=5e-4).param_groups[0]["damping"]
-    3.0
+    >>> create_lorapro_optimizer(model, lr=5e-4)
+    LoraProAdamW(
+        pairs (1 of rank 2): lr=0.0005, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, \
+mode='efficient', x='sylvester', damping=0.0
+    )
     """
     options = dict(kwargs) if lr is None else {"lr": lr, **kwargs}
     check_options(optimizer, {**options, "on_unaligned": on_unaligned})
-    if optimizer == "adamw" and options.get("mode", "efficient") == "efficient":
-        options.setdefault("damping", DAMPING)
     groups = lora_param_groups(model, adapter=adapter, on_unaligned=on_unaligned)
     if options.get("mode") == "full" and options.get("weight_decay"):
         from lorapro.export_guard import guard_saving
 
         guard_saving(model)  # no adapter holds the base that decays
-    if lr is None:
-        options["lr"] = chosen_rate(optimizer, options.get("mode", "efficient"))
     return OPTIMIZERS[optimizer](groups, **options)
 
 
@@ -114,7 +110,7 @@ expected one of: adapter, on_unaligned, lr, betas, eps, weight_decay, mode, x, d
     level = logger.level
     logger.setLevel(logging.ERROR)  # what it logs of the options, the real one will
     try:
-        cls(groups, **{k: v for k, v in options.items() if k in own})
+        cls(groups, **{"lr": 1.0, **{k: v for k, v in options.items() if k in own}})
     except TypeError as error:  # a string where a number belongs
         raise ValueError(f"{cls.__name__}: {error} ({dict(options)}).") from error
     finally:

@@ -12,7 +12,8 @@ from lorapro.optim.adam_rule import plain_gradients
 from lorapro.optim.base import PAIRS
 from lorapro.optim.batches import Batches
 from lorapro.optim.rules import muon
-from lorapro.optim.tangent import DAMPING, Rule, TangentOptimizer
+from lorapro.optim.tangent import Rule, TangentOptimizer
+from lorapro.rates import DAMPING, chosen_rate
 
 __all__ = ["LoraProMuon"]
 
@@ -34,7 +35,7 @@ class LoraProMuon(TangentOptimizer):
 
     Args:
         params: groups from ``lorapro.lora_param_groups``.
-        lr: learning rate γ.
+        lr: learning rate γ; ``None`` takes that of ``lorapro.rates``, and logs it.
         momentum: μ.
         nesterov: look one step ahead, as Muon does by default.
         weight_decay: λ.
@@ -65,12 +66,12 @@ class LoraProMuon(TangentOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
         x: str = "sylvester",
-        damping: float = DAMPING,
+        damping: float = DAMPING["muon"],
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
@@ -80,7 +81,7 @@ class LoraProMuon(TangentOptimizer):
         super().__init__(
             params,
             {
-                "lr": lr,
+                "lr": chosen_rate("muon") if lr is None else lr,
                 "momentum": momentum,
                 "nesterov": nesterov,
                 "weight_decay": weight_decay,

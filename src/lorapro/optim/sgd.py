@@ -14,6 +14,7 @@ from lorapro.gram import inner
 from lorapro.optim.adam_rule import plain_gradients
 from lorapro.optim.base import PAIRS, PairOptimizer
 from lorapro.optim.batches import batches_of
+from lorapro.rates import DAMPING, chosen_rate
 
 __all__ = ["LoraProSGD"]
 
@@ -31,7 +32,7 @@ class LoraProSGD(PairOptimizer):
     Args:
         params: groups from ``lorapro.lora_param_groups``.
         lr: learning rate γ; the step of W is γ·g̃ whatever the scaling, so full fine-tuning's
-            learning rates apply.
+            learning rates apply. ``None`` takes that of ``lorapro.rates``, and logs it.
         momentum: momentum factor, 0 for Algorithm 1 as printed.
         weight_decay: ``A ← (1 − γλ)A − γ·d_A``, likewise B.
         x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``.
@@ -56,18 +57,18 @@ class LoraProSGD(PairOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-2,
+        lr: float | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         x: str = "sylvester",
-        damping: float = 0.0,
+        damping: float = DAMPING["sgd"],
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}, expected 0 or more and below 1.")
         super().__init__(
             params,
             {
-                "lr": lr,
+                "lr": chosen_rate("sgd") if lr is None else lr,
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "x": x,

@@ -32,11 +32,9 @@ from lorapro.optim.adam_rule import STEP, AdamRule
 from lorapro.optim.batches import OF_A, OF_B, Batches, batches_of
 from lorapro.optim.rules import Direction, Tangent
 
-__all__ = ["DAMPING", "Rule", "TangentOptimizer", "align_direction", "transport"]
+__all__ = ["Rule", "TangentOptimizer", "align_direction", "transport"]
 
 MOMENTUM = "momentum"
-# Steps within which a direction of s·B·A is damped; 3 did best in results/lab (docs/decisions.md).
-DAMPING = 3.0
 
 Rule = Callable[[Point, Tangent, Tangent], Direction]
 """(factors, momentum, gradient) -> direction."""

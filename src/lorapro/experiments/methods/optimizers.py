@@ -225,7 +225,7 @@ OPTIMIZERS: dict[str, OptimizerPart] = {
             _riemannian,
             RiemannianOptions,
         ),
-        _ours("lora-pro", "LoRA-Pro, efficient mode", damping=0.0),
+        _ours("lora-pro", "LoRA-Pro, efficient mode"),
         _ours("lora-pro-damped", "LoRA-Pro, efficient mode, damped", damping=3.0),
         _ours("lora-pro-full", "LoRA-Pro, full mode", mode="full"),
         _ours("lora-pro-factored", "AdamW on the tangent space", mode="factored"),

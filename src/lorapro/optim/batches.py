@@ -25,8 +25,8 @@ from lorapro.gram import Rows
 __all__ = ["OF_A", "OF_B", "Batches", "Part", "batches_of"]
 
 OF_A, OF_B = 0, 1  # which of the two factors
-# On a CPU, numbers in the larger factor above which pairs of one shape are two parts: their copies
-# then stay below the 32 MiB up to which the C library keeps freed memory instead of faulting it in.
+# On a CPU, numbers in the larger factor above which pairs of one shape are two parts: the float64
+# copies that Gram matrices are made of then stay in the cache.
 MOST_IN_A_PART = 1 << 18
 
 

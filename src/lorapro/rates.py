@@ -2,7 +2,7 @@
 
 ``"lora-pro"`` is the same everywhere, in the library, under ``Trainer`` and on the command line:
 the paper's Algorithm 2, undamped. Damping (in steps) is ours: the default of the rules on the
-tangent space, which need it (3 did best, docs/decisions.md), and an option of the others.
+tangent space, which need it (how much: docs/decisions.md), and an option of the others.
 
 Each learning rate is the middle, on a logarithmic scale, of those that were best on validation data
 in the committed comparisons (``results/``: tweets, BBC news, Fashion-MNIST, GSM8K; rank 8 to 64,
@@ -32,7 +32,7 @@ DAMPING: dict[str, float] = {
     "efficient": 0.0,
     "full": 0.0,
     "factored": 3.0,
-    "muon": 3.0,
+    "muon": 0.3,
     "sgd": 0.0,
 }
 

@@ -95,8 +95,8 @@ class Factored(Tangent):
 
 
 class Muon(Tangent):
-    def __init__(self, *args, momentum=0.95, nesterov=True, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, momentum=0.95, nesterov=True, damping=0.3, **kwargs):
+        super().__init__(*args, damping=damping, **kwargs)
         self.beta, self.nesterov = momentum, nesterov
 
     def rule(self, G):

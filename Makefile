@@ -52,13 +52,16 @@ bench: $(VENV)/.dev
 	$(BENCH)/lora_ga_memory.py --model minilm-l6
 	$(BENCH)/lora_ga_memory.py --model $(SMOLLM2)
 
-# Every table and figure in results/ from the results.json beside it, and a page of the tasks that
-# share no runs with one another.
+# Every table and figure in results/ from the results.json beside it, a page of the tasks that share
+# no runs with one another, and from these the tables and numbers of README and docs.
 REPORTED := tweets fashion_mnist bbc_news gsm8k_smollm2
 results: $(VENV)/.dev
 	set -e; for file in $$(find results -name results.json); do folder=$$(dirname $$file); \
 	    $(BIN)/lorapro report $$folder --output $$folder/table.md --figures $$folder > /dev/null; done
 	$(BIN)/lorapro report $(REPORTED:%=results/%) --output results/report.html > /dev/null
+	$(BIN)/lorapro report results/lab/batch --target better --output results/lab/batch/gap.md > /dev/null
+	$(BIN)/python docs/figures/alignment.py
+	$(BIN)/python tools/fill_docs.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \

@@ -1,0 +1,165 @@
+"""The tables of README and docs, each made from results and code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from markdown_tables import ROOT, read
+
+from lorapro.rates import DAMPING, RATES
+
+__all__ = ["TABLES", "rate"]
+
+METHODS = (
+    "full",
+    "full-muon",
+    "lora",
+    "lora-pro",
+    "lora-pro-damped",
+    "lora-pro-full",
+    "lora-pro-factored",
+    "lora-pro-muon",
+    "lora-muon",
+)
+CALLS = {
+    "efficient": "create_lorapro_optimizer(model)",
+    "full": 'create_lorapro_optimizer(model, mode="full")',
+    "factored": 'create_lorapro_optimizer(model, mode="factored")',
+    "muon": 'create_lorapro_optimizer(model, "muon")',
+    "sgd": 'create_lorapro_optimizer(model, "sgd")',
+}
+STEPS, TRAINING, MEMORY = (
+    f"benchmarks/results/{name}.md" for name in ("step_time", "training_step", "memory")
+)
+OURS = {
+    "peft-riemannian": "PEFT's Riemannian",
+    "efficient": "efficient",
+    "damped": "efficient, damped",
+    "sgd": "SGD",
+    "muon": "Muon",
+    "factored": "factored",
+    "full": "full",
+}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table, numbers to the right."""
+    line = "| " + " | ".join(["---", *["---:"] * (len(header) - 1)]) + " |"
+    shown = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([shown[0], line, *shown[1:]])
+
+
+def problems() -> Iterator[tuple[str, dict[str, dict[str, str]]]]:
+    """Every comparison in ``results/`` as (name with a link, rows)."""
+    for path in sorted((ROOT / "results").rglob("table.md")):
+        file = path.relative_to(ROOT).as_posix()
+        title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        found = {
+            section: rows
+            for section, rows in read(file).items()
+            if all("against lora" in row for row in rows.values())
+        }
+        for section, rows in found.items():
+            name = f"{title}: {section}" if len(found) > 1 else title
+            yield f"[{name}](../{file})", rows
+
+
+def of_methods(column: str, shown: Callable[[str], str]) -> str:
+    """A row a problem, a column a method."""
+    rows = []
+    for name, found in problems():
+        cells = [shown(found[m][column]) if m in found else "" for m in METHODS]
+        rows.append([name, *cells])
+    return markdown(["", *(f"`{m}`" for m in METHODS)], rows)
+
+
+def rate(text: str) -> str:
+    """A learning rate in powers of ten."""
+    if not text:
+        return ""
+    number, power = f"{float(text):.3g}", f"{float(text):e}".split("e")
+    digits = f"{float(power[0]):.3g}"
+    return f"{digits}e{int(power[1])}" if float(number) < 1 else number
+
+
+def verdicts() -> str:
+    """Better, worse or a tie with tuned LoRA."""
+    emphasis = {"better": "**better**", "worse": "*worse*", "": "–"}
+    return of_methods("against lora", lambda text: emphasis.get(text, text))
+
+
+def best_rates() -> str:
+    """The rate that was best on validation data."""
+    return of_methods("lr", rate)
+
+
+def first_rates() -> str:
+    """Where to begin, from ``lorapro.rates``."""
+    rows = [
+        [f"`{CALLS[name]}`", rate(str(lr)), f"{DAMPING[name]:g}"] for name, lr in RATES.items()
+    ]
+    return markdown(["optimizer", "`lr`", "`damping`"], rows)
+
+
+def step_times() -> str:
+    """One optimizer step over fused AdamW's."""
+    ranks = (8, 32, 128)
+    tables = [read(STEPS)[f"SmolLM2-135M, 210 pairs, r = {r}"] for r in ranks]
+    rows = [
+        [label, *(_first(table[row]["× adamw-fused"]) for table in tables)]
+        for row, label in OURS.items()
+    ]
+    return markdown(["times fused AdamW's", *(f"r = {r}" for r in ranks)], rows)
+
+
+def costs() -> str:
+    """State, and the share of a training step, of each optimizer."""
+    ranks = (8, 32)
+    memory = [read(MEMORY)[f"SmolLM2-135M, 210 pairs, r = {r}"] for r in ranks]
+    steps = [read(TRAINING)[f"r = {r}, one pass a round for all"] for r in ranks]
+    rows = []
+    names = {"adamw-fused": "LoRA, `torch.optim.AdamW`", **OURS}
+    for row in ("adamw-fused", "efficient", "factored", "muon", "full"):
+        state = [table[row]["× adamw-fused"] for table in memory]
+        share = [table[row]["share"] if row in table else "not measured" for table in steps]
+        rows.append([names[row], *state, *share])
+    header = [f"state, of LoRA's AdamW, r = {r}" for r in ranks]
+    return markdown(["", *header, *(f"share of a step, r = {r}" for r in ranks)], rows)
+
+
+def small_batches() -> str:
+    """Test loss minus LoRA's in the four tasks of small batches."""
+    tasks = {
+        "tweets": "tweets",
+        "Fashion-MNIST": "fashion_mnist",
+        "BBC news": "bbc_news",
+        "GSM8K": "gsm8k_smollm2",
+    }
+    found = {
+        name: rows
+        for name, folder in tasks.items()
+        for rows in read(f"results/{folder}/table.md").values()
+        if "minus lora" in next(iter(rows.values())) and "lr" in next(iter(rows.values()))
+    }
+    labels = list(dict.fromkeys(label for rows in found.values() for label in rows))
+    rows = [
+        [f"`{label}`", *(t[label]["minus lora"] if label in t else "" for t in found.values())]
+        for label in labels
+        if label not in ("lora", "lora-pro-steady")
+    ]
+    return markdown(["", *found], rows)
+
+
+def _first(text: str) -> str:
+    number = float(text.split(" ")[0])
+    return f"{number:.0f}" if number >= 20 else f"{number:.1f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "verdicts": verdicts,
+    "best-rates": best_rates,
+    "first-rates": first_rates,
+    "step-times": step_times,
+    "costs": costs,
+    "small-batches": small_batches,
+}

@@ -96,9 +96,10 @@ def best_rates() -> str:
 def first_rates() -> str:
     """Where to begin, from ``lorapro.rates``."""
     rows = [
-        [f"`{CALLS[name]}`", rate(str(lr)), f"{DAMPING[name]:g}"] for name, lr in RATES.items()
+        [name, rate(str(lr)), f"{DAMPING[name]:g}", f"`{CALLS[name]}`"]
+        for name, lr in RATES.items()
     ]
-    return markdown(["optimizer", "`lr`", "`damping`"], rows)
+    return markdown(["", "`lr`", "`damping`", "built by"], rows)
 
 
 def step_times() -> str:

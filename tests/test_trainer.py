@@ -32,24 +32,23 @@ WORDS = ["<pad>", "<eos>", "one", "two", "three", "four", "five", "plus", "minus
 
 
 def arguments(cls, folder, **options):
-    return cls(
-        output_dir=str(folder),
-        max_steps=6,
-        save_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        warmup_steps=2,
-        lr_scheduler_type="cosine",
-        max_grad_norm=0.5,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-        dataloader_pin_memory=False,
-        **options,
-    )
+    values = {
+        "max_steps": 6,
+        "save_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        "dataloader_pin_memory": False,
+    }
+    return cls(output_dir=str(folder), **{**values, **options})
 
 
 def classifier():

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorapro import checkpoints as checkpoints
     from lorapro import diagnostics as diagnostics
     from lorapro import distributed as distributed
     from lorapro import functional as functional
@@ -39,6 +40,7 @@ _PLACES = {
     "use_lorapro": "lorapro.trainer",
 }
 _MODULES = (
+    "checkpoints",
     "diagnostics",
     "distributed",
     "export",

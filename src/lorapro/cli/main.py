@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from lorapro.experiments.errors import UserError, check_name
+from lorapro.experiments.errors import UserError, check_name, disk_is_full
 
 __all__ = ["COMMANDS", "main"]
 
@@ -82,6 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        print(
+            f"lorapro: error: the disk is full ({' '.join(str(error).split())[:160]}); what was "
+            "saved before is whole: make room, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 2
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 from lorapro.choices import nearest_hint
 
-__all__ = ["UserError", "check_name", "nearest_hint"]
+__all__ = ["UserError", "check_name", "disk_is_full", "nearest_hint"]
 
 
 class UserError(Exception):
@@ -31,3 +32,18 @@ def check_name(kind: str, name: str, choices: Iterable[str]) -> str:
         return name
     hint = nearest_hint(name, known)
     raise UserError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one behind it, is that a file could not be written for want of room.
+
+    torch and safetensors write past Python and say it in words.
+
+    >>> disk_is_full(OSError(errno.ENOSPC, "No space left on device"))
+    True
+    """
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed")
+    behind = error.__cause__ or error.__context__
+    return any(w in str(error) for w in words) or (behind is not None and disk_is_full(behind))

@@ -52,12 +52,12 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorapro.checkpoints import last_complete, steps_of
 from lorapro.experiments.config import RunConfig
 from lorapro.experiments.errors import UserError
 
@@ -89,7 +89,6 @@ METRICS, ITEMS, PREDICTIONS = "metrics.jsonl", "items.npz", "predictions.jsonl"
 SAMPLES = "samples.jsonl"
 ADAPTER, MODEL, MERGED = "adapter", "model", "merged"
 LOCK = ".lock"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class BusyError(UserError):
@@ -181,7 +180,7 @@ def clear(folder: Path) -> None:
 def clear_checkpoints(folder: Path) -> None:
     """Remove Trainer's checkpoints."""
     for path in folder.glob("checkpoint-*"):
-        if _CHECKPOINT.fullmatch(path.name):
+        if steps_of(path) is not None:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -233,18 +232,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path, more: Sequence[str] = ()) -> Path | None:
-    """Return the complete checkpoint with the most steps, if any; ``more`` files belong to it.
-
-    Trainer writes ``trainer_state.json`` last: with it whole, the rest is.
-    """
-    steps = {
-        int(match.group(1)): path
-        for path in folder.glob("checkpoint-*")
-        if (match := _CHECKPOINT.fullmatch(path.name))
-        and _read(path / "trainer_state.json") is not None
-        and all((path / name).is_file() for name in ("optimizer.pt", *more))
-    }
-    return steps[max(steps)] if steps else None
+    """Return the complete checkpoint with the most steps, if any; ``more`` files belong to it."""
+    return last_complete(folder, ("optimizer.pt", *more))
 
 
 def read_result(folder: Path) -> dict[str, Any]:

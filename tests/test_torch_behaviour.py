@@ -26,7 +26,7 @@ from lorapro.factors import LoraPair
 KINDS = {
     "sgd": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
     "efficient": {"mode": "efficient", "lr": 1e-2, "weight_decay": 0.01, "damping": 0.0},
-    "damped": {"lr": 1e-2, "weight_decay": 0.01},
+    "damped": {"lr": 1e-2, "weight_decay": 0.01, "damping": 3.0},
     "full": {"mode": "full", "lr": 1e-2},
     "full+decay": {"mode": "full", "lr": 1e-2, "weight_decay": 0.1},
     "factored": {"mode": "factored", "lr": 1e-2, "weight_decay": 0.01},

@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 BENCH = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks
 SMOLLM2 := smollm2-135m-instruct --batches 1 --size 8
 
-.PHONY: demo test lint types unit wheel docs bench results clean
+.PHONY: demo test lint types unit wheel release docs bench results clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lorapro compare recipes/local/tweets_demo.yaml --output_dir demo-output
@@ -30,14 +30,18 @@ unit: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Build the wheel, install it alone in a folder, import it from there.
+# Build the source archive, from it the wheel, look inside; install the wheel alone, import it from there.
 wheel: $(VENV)/.dev
-	rm -rf build dist && $(BIN)/python -m build --wheel --outdir dist .
+	rm -rf build dist && $(BIN)/python tools/check_release.py --only wheel
 	$(BIN)/python -m pip install -q --no-deps --target dist/installed dist/*.whl
 	cd dist/installed && ../../$(BIN)/python -c "import lorapro, pathlib; \
 	    path = pathlib.Path(lorapro.__file__); assert 'installed' in path.parts, path; \
-	    assert (path.parent / 'py.typed').exists(); \
-	    assert (path.parent / 'experiments/report/page.html.j2').exists(); print('wheel:', lorapro.__version__)"
+	    print('wheel:', lorapro.__version__)"
+
+# Before a release: an environment of its own for the core with torch alone and for each extra, each
+# used for what it is for; minutes and gigabytes. RELEASE="--python python3.10 --only core hf"
+release: $(VENV)/.dev
+	$(BIN)/python tools/check_release.py $(RELEASE)
 
 # Tables of speed and memory into benchmarks/results; see benchmarks/README.md. The one package of
 # others that is compared with is not needed: without it its rows say so.

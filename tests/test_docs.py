@@ -35,6 +35,13 @@ def prose(page):
     return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).splitlines()
 
 
+def test_no_line_begins_with_a_value():
+    """A comment at the head of a line ends the paragraph, for CommonMark and for mkdocs."""
+    for page in fill_docs.PAGES:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            assert not line.startswith("<!--v:"), f"{name(page)}:{number}: {line:.60}"
+
+
 def codes():
     return [(name(p), code) for p in fill_docs.PAGES for code in CODE.findall("\n".join(prose(p)))]
 

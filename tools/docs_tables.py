@@ -42,9 +42,10 @@ OURS = {
 }
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table, numbers to the right."""
-    line = "| " + " | ".join(["---", *["---:"] * (len(header) - 1)]) + " |"
+def markdown(header: list[str], rows: list[list[str]], *, words: tuple[int, ...] = (0,)) -> str:
+    """A table: columns of ``words`` to the left, those of numbers to the right."""
+    sides = ["---" if i in words else "---:" for i in range(len(header))]
+    line = "| " + " | ".join(sides) + " |"
     shown = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
     return "\n".join([shown[0], line, *shown[1:]])
 
@@ -64,13 +65,14 @@ def problems() -> Iterator[tuple[str, dict[str, dict[str, str]]]]:
             yield f"[{name}](../{file})", rows
 
 
-def of_methods(column: str, shown: Callable[[str], str]) -> str:
+def of_methods(column: str, shown: Callable[[str], str], without: tuple[str, ...] = ()) -> str:
     """A row a problem, a column a method."""
+    methods = [m for m in METHODS if m not in without]
     rows = []
     for name, found in problems():
-        cells = [shown(found[m][column]) if m in found else "" for m in METHODS]
+        cells = [shown(found[m][column]) if m in found else "" for m in methods]
         rows.append([name, *cells])
-    return markdown(["", *(f"`{m}`" for m in METHODS)], rows)
+    return markdown(["", *(f"`{m}`" for m in methods)], rows)
 
 
 def rate(text: str) -> str:
@@ -84,8 +86,8 @@ def rate(text: str) -> str:
 
 def verdicts() -> str:
     """Better, worse or a tie with tuned LoRA."""
-    emphasis = {"better": "**better**", "worse": "*worse*", "": "–"}
-    return of_methods("against lora", lambda text: emphasis.get(text, text))
+    emphasis = {"better": "**better**", "worse": "*worse*"}
+    return of_methods("against lora", lambda text: emphasis.get(text, text), without=("lora",))
 
 
 def best_rates() -> str:
@@ -99,7 +101,7 @@ def first_rates() -> str:
         [name, rate(str(lr)), f"{DAMPING[name]:g}", f"`{CALLS[name]}`"]
         for name, lr in RATES.items()
     ]
-    return markdown(["", "`lr`", "`damping`", "built by"], rows)
+    return markdown(["", "`lr`", "`damping`", "built by"], rows, words=(0, 3))
 
 
 def step_times() -> str:

@@ -9,6 +9,7 @@ its page, in ``external-links.txt``.
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from collections.abc import Iterator
@@ -23,8 +24,10 @@ DOCS = "docs/"
 # [text](target#anchor), also of an image
 LINK = re.compile(r"(?P<before>\]\()(?P<target>[^)#\s]+)(?P<after>(?:#[^)\s]*)?\))")
 CODE = re.compile(r"^(?P<fence>`{3,}).*?^(?P=fence)[ \t]*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+LOADED = re.compile(r'<(?:script|img|link)\b[^>]*\b(?:src|href)="((?:https?:)?//[^"]+)"')
 EXTERNAL = re.compile(r'href="(https?://[^"]+)"')
 
+_log = logging.getLogger("mkdocs.hooks.site_files")
 _external: dict[str, str] = {}
 
 
@@ -99,6 +102,12 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> None:
     """Take note of links to other sites."""
     for link in EXTERNAL.findall(html):
         _external.setdefault(link, page.file.src_uri)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> None:
+    """Warn, which ``--strict`` makes an error, of what a page loads from other sites."""
+    for url in LOADED.findall(output):
+        _log.warning("%s loads %s, which is not in the site", page.file.src_uri, url)
 
 
 def on_post_build(config: Any) -> None:

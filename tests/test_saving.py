@@ -131,9 +131,31 @@ def test_a_zero_start_is_saved_as_ever(tmp_path):
     assert not (tmp_path / "lora_ga_initial.safetensors").exists()
 
 
-def test_saving_beside_a_decayed_base_warns_and_names_save_merged(tmp_path):
+def by_hand(model, **options):
+    return lorapro.LoraProAdamW(lorapro.lora_param_groups(model), **options)
+
+
+def by_hand_group_by_group(model, **options):
+    groups = lorapro.lora_param_groups(model, lr=1e-2)
+    groups[0] |= {"mode": options["mode"], "weight_decay": options["weight_decay"]}
+    return lorapro.LoraProAdamW(groups)
+
+
+def wrapped(model, **options):
+    class Wrapper(torch.nn.Module):  # as DistributedDataParallel, without its processes
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+    return lorapro.create_lorapro_optimizer(Wrapper(), **options)
+
+
+@pytest.mark.parametrize(
+    "make", [lorapro.create_lorapro_optimizer, by_hand, by_hand_group_by_group, wrapped]
+)
+def test_saving_beside_a_decayed_base_warns_and_names_save_merged(make, tmp_path):
     model = started("plain")
-    optimizer = lorapro.create_lorapro_optimizer(model, mode="full", lr=1e-2, weight_decay=0.5)
+    optimizer = make(model, mode="full", lr=1e-2, weight_decay=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path / "before")

@@ -42,6 +42,9 @@ def guard_saving(model: nn.Module) -> None:
             made to warn, any other module is left alone.
     """
     model = getattr(model, "_orig_mod", model)
+    inner = getattr(model, "module", None)
+    if not hasattr(model, "save_pretrained") and isinstance(inner, nn.Module):  # DDP
+        model = inner
     if not hasattr(model, "save_pretrained") or "save_pretrained" in vars(model):
         return
     model.save_pretrained = SavePretrained(model)

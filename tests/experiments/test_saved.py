@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments.tiny_models import sentences
+from experiments.tiny_models import sentences, write_yaml
 from lorapro.cli.main import main
+from lorapro.experiments.card import model_card
 from lorapro.experiments.config import build_config
 from lorapro.experiments.runner import run
 from lorapro.experiments.saved import base_name, open_saved
@@ -152,6 +153,14 @@ def test_what_lies_beside_the_weights(classify, tmp_path):
         assert part in card, part
 
 
+def test_the_card_of_an_adapter_says_where_its_base_comes_from():
+    about = {"task": "sft", "method": "lora", "model": "smollm2-135m-instruct"}
+    card = model_card(about, "adapter")
+    assert 'from_pretrained("BASE")  # the folder that \'lorapro fetch smollm2-135m-ins' in card
+    card = model_card({**about, "model": "HuggingFaceTB/SmolLM2-135M"}, "adapter")
+    assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M")\n' in card
+
+
 def test_the_base_is_named_so_that_others_find_it(classify, tiny_bert, monkeypatch):
     def named(name):
         return base_name(build_config({**classify, "model": name}).family())
@@ -180,8 +189,11 @@ def test_a_language_model_answers_prompts_and_conversations(tiny_llama, away, tm
         "output_dir": str(tmp_path / "run"),
     }
     folder = build_config(values).folder
-    run(build_config(values))
+    assert main(["train", str(write_yaml(tmp_path / "c.yaml", values))]) == 0
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     samples = [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
+    assert set(said) >= {"before", "validation", "prompt", "samples (2)"}
+    assert said["answer"] == " ".join(samples[0]["answer"].split())
     shutil.move(folder / "adapter", away / "chat")
     data.unlink()
     capsys.readouterr()

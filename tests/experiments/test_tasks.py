@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -61,6 +63,64 @@ def test_rows_from_json_lines_and_a_folder_with_its_own_splits(classify, tmp_pat
     values = {**classify, "data": str(folder), "text_column": "body", "label_column": "mood"}
     task = make_task(build_config(values))
     assert [len(task.train), len(task.validation), len(task.test)] == [60, 9, 12]
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"review": "text", "Sentiment": "label"}, ("review", "Sentiment")),
+        ({"Class": "label", "body": "text"}, ("body", "Class")),
+        ({"id": "number", "said": "text", "kind": "label"}, ("said", "kind")),  # by their values
+        ({"text": "text", "title": "text", "mood": "label"}, ("text", "mood")),
+        ({"text": "text", "category": "label", "label": "label"}, ("text", "label")),
+        ({"headline": "text", "mood": "label", "language": "constant"}, ("headline", "mood")),
+    ],
+)
+def test_columns_that_are_clear_are_found(columns, found, classify, tmp_path):
+    said = []
+    task = make_task(build_config({**classify, "data": one_table(tmp_path, columns)}), said.append)
+    assert (task.args.text_column, task.args.label_column) == found
+    assert task.labels == ["bad", "good", "so"]
+    assert len(said) == sum(a != b for a, b in zip(found, ("text", "label"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": "text", "a": "label", "b": "label"}, "no column 'label'; its columns are: text"),
+        ({"text": "text", "Class": "label", "topic": "label"}, "text, Class, topic (set text_col"),
+        ({"title": "text", "body": "text", "label": "label"}, "no column 'text'; its columns are"),
+        ({"text": "text", "id": "number"}, "no column 'label'; its columns are: text, id"),
+    ],
+)
+def test_columns_that_are_not_clear_are_asked_for(columns, message, classify, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        make_task(build_config({**classify, "data": one_table(tmp_path, columns)}))
+
+
+def one_table(folder, columns):
+    """A CSV with columns of these kinds."""
+    rows = [
+        {"text": text, "label": label, "number": i, "constant": "en"}
+        for i, (text, label) in enumerate(sentences(120))
+    ]
+    with (folder / "mine.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows([row[kind] for kind in columns.values()] for row in rows)
+    return str(folder / "mine.csv")
+
+
+def test_a_hub_data_set_of_ones_own_keeps_the_names_of_its_labels(classify, tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    names = ["so", "bad", "good"]
+    rows = [{"text": text, "label": names.index(label)} for text, label in sentences(120)]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    Dataset.from_list(rows, features).to_parquet(tmp_path / "hub/data/train-00000.parquet")
+    task = make_task(build_config({**classify, "data": str(tmp_path / "hub")}))
+    assert task.labels == ["bad", "good", "so"]
 
 
 @pytest.mark.parametrize(

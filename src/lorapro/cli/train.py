@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from lorapro.cli.common import Parser, config_help, quiet_libraries, report_line
 
@@ -25,6 +27,7 @@ def run(arguments: Sequence[str]) -> None:
 
     quiet_libraries()  # before anything imports them
     from lorapro.experiments.config import load_config
+    from lorapro.experiments.folders import SAMPLES
     from lorapro.experiments.runner import run as run_config
 
     config = load_config(path, flags)
@@ -35,8 +38,22 @@ def run(arguments: Sequence[str]) -> None:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
         if shown:
             print(f"{split}: {shown}")
+    _print_sample(config.folder / SAMPLES)
     for kind, name in result["saved"].items():
         print(f"{kind}: {config.folder / name}")
     if "merged" in result["saved"]:
         print("the base weights changed too: the merged model is the trained one")
     print(f"result: {config.folder / 'result.json'}")
+
+
+def _print_sample(path: Path, width: int = 200) -> None:
+    """The first of the answers that a language model gave to test prompts."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = json.loads(lines[0])
+    asked = first["messages"][-1]["content"] if "messages" in first else first["prompt"]
+    for name, text in (("prompt", asked), ("answer", first["answer"])):
+        line = " ".join(str(text).split())
+        print(f"{name}: {line if len(line) <= width else line[:width] + '...'}")
+    print(f"samples ({len(lines)}): {path}")

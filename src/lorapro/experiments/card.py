@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lorapro.experiments.assets import is_asset
+
 __all__ = ["model_card"]
 
 _LOADERS = {
@@ -77,11 +79,14 @@ def _use(about: Mapping[str, Any], is_adapter: bool, labels: Any) -> list[str]:
     ask = "predict FOLDER --text" if labels else "generate FOLDER --prompt"
     lines = ["```", f"lorapro {ask} '...'", "```", "", "or", "", "```python"]
     if is_adapter:
+        base, note = f'"{about["model"]}"', ""
+        if is_asset(about["model"]):  # no id of the hub, and no path that holds elsewhere
+            base, note = '"BASE"', f"  # the folder that 'lorapro fetch {about['model']}' prints"
         lines += [
             "from peft import PeftModel",
             f"from transformers import {loader}",
             "",
-            f'base = {loader}.from_pretrained("{about["model"]}"{more})',
+            f"base = {loader}.from_pretrained({base}{more}){note}",
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     else:

@@ -85,7 +85,10 @@ class PairOptimizer(Optimizer):
             options = {k: group[k] for k in self.defaults}
             bases: dict[str, Any] = {"params": moved, "role": BASE}
             if group.get("places"):
+                from lorapro.export_guard import guard_saving
+
                 bases["places"] = Places(group["places"].model, moved)
+                guard_saving(group["places"].model)  # no adapter holds the base that decays
             super().add_param_group({**bases, **options})
 
     def bases_to_move(self, group: dict[str, Any]) -> list[Any]:

@@ -69,10 +69,6 @@ mode='efficient', x='sylvester', damping=0.0
     options = dict(kwargs) if lr is None else {"lr": lr, **kwargs}
     check_options(optimizer, {**options, "on_unaligned": on_unaligned})
     groups = lora_param_groups(model, adapter=adapter, on_unaligned=on_unaligned)
-    if options.get("mode") == "full" and options.get("weight_decay"):
-        from lorapro.export_guard import guard_saving
-
-        guard_saving(model)  # no adapter holds the base that decays
     return OPTIMIZERS[optimizer](groups, **options)
 
 

@@ -159,7 +159,8 @@ class Family(ABC):
 
         ``keys`` is added to the error for a missing column: which keys name the columns.
         """
-        splits = load_rows(self.data_name, self.data_config, names=self.named_labels)
+        splits = load_rows(self.data_name, self.data_config, names=self.reads_names())
+        self.settle(splits)
         if "train" not in splits:
             raise UserError(f"{self.data_name} has no split 'train'; it has: {', '.join(splits)}")
         columns = self.columns_used()
@@ -174,6 +175,14 @@ class Family(ABC):
                 for name, rows in splits.items()
             }
         return splits
+
+    def reads_names(self) -> bool:
+        """Whether labels that the hub stores as numbers go by their names."""
+        return self.named_labels
+
+    def settle(self, splits: Mapping[str, list[Row]]) -> None:
+        """Settle by the data what the config leaves open, such as names of columns."""
+        return
 
     @abstractmethod
     def columns_used(self) -> tuple[str, ...]:

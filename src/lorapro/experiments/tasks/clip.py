@@ -81,7 +81,6 @@ class Clip(Labelled, Family):
         column = self.args.image_column
         splits, self.labels = split_labelled(
             self,
-            self.args.label_column,
             " (set image_column and label_column)",
             lambda row: image_digest(row[column], self.data_name),
         )

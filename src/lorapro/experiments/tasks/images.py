@@ -56,6 +56,10 @@ class Images(Labelled, Family):
         """Image and label."""
         return self.args.image_column, self.args.label_column
 
+    def reads_names(self) -> bool:
+        """Those of own data."""
+        return self.run.data is not None
+
     def input_columns(self) -> tuple[str, ...]:
         """Image."""
         return (self.args.image_column,)
@@ -70,7 +74,6 @@ class Images(Labelled, Family):
         hint = " (set image_column and label_column)"
         splits, self.labels = split_labelled(
             self,
-            self.args.label_column,
             hint,
             lambda row: image_digest(row[column], self.data_name),
         )

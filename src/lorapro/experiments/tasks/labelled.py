@@ -52,7 +52,7 @@ def stratified_split(
 
 
 def split_labelled(
-    task: Family, label: str, hint: str, key: Callable[[Row], Hashable]
+    task: Family, hint: str, key: Callable[[Row], Hashable]
 ) -> tuple[Splits, list[str]]:
     """Read a task's data, check its columns, drop repeated training rows, split.
 
@@ -60,8 +60,7 @@ def split_labelled(
     split.
 
     Args:
-        task: whose data and options to use.
-        label: column of the label.
+        task: whose data and options to use, ``label_column`` among them.
         hint: added when a column is missing: which keys name the columns.
         key: what two rows that count as the same have in common.
 
@@ -75,6 +74,7 @@ def split_labelled(
     """
     run, name = task.run, task.data_name
     splits = task.rows(hint)
+    label = task.args.label_column
     train = shuffled(distinct_rows(splits["train"], key, label), run.split_seed)
     _check_labels(Counter(str(row[label]) for row in train), label, name, hint)
     available = len(train)

@@ -98,13 +98,13 @@ class Sft(Causal):
         return (args.messages_column if args.format == "messages" else args.text_column,)
 
     def rows(self, keys: str = "") -> dict[str, list[Row]]:
-        """Read the data; settle the format by its columns."""
-        from lorapro.experiments.data import load_rows
-
-        if self.args.format == "auto":
-            splits = load_rows(self.data_name, self.data_config)
-            self.args.format = self._found_format(list(next(iter(splits.values()))[0]))
+        """Read the data."""
         return super().rows(" (set format, messages_column, prompt_column, completion_column, ...)")
+
+    def settle(self, splits: Mapping[str, list[Row]]) -> None:
+        """Settle the format by the columns."""
+        if self.args.format == "auto":
+            self.args.format = self._found_format(list(next(iter(splits.values()))[0]))
 
     def _found_format(self, columns: list[str]) -> str:
         args = self.args

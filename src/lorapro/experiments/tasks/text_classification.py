@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorapro.experiments.data import Row, load_rows, require_columns
 from lorapro.experiments.errors import UserError
-from lorapro.experiments.options import option
-from lorapro.experiments.tasks.base import Examples, TextFamily, load_pretrained
+from lorapro.experiments.options import RunOptions, option
+from lorapro.experiments.tasks.base import Examples, TaskEntry, TextFamily, load_pretrained
+from lorapro.experiments.tasks.columns import find_columns
 from lorapro.experiments.tasks.labelled import Labelled, distinct_rows, split_labelled
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ _URL = re.compile(r"https?://\S+")
 class TextClassificationOptions:
     """Keys of text classification."""
 
-    text_column: str = option("text", "column of the text")
+    text_column: str = option("text", "column of the text, found where it is clear")
     second_text_column: str | None = option(
         None, "column of a second text, for pairs (premise and hypothesis)"
     )
-    label_column: str = option("label", "column of the label")
+    label_column: str = option("label", "column of the label, found where it is clear")
     test_split: str = option("test", "split that is the test set, such as GLUE's validation")
     max_length: int = option(128, "longest sequence, in tokens", least=2)
 
@@ -57,6 +58,25 @@ class TextClassification(Labelled, TextFamily):
     options: ClassVar[type] = TextClassificationOptions
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
 
+    def __init__(self, entry: TaskEntry, run: RunOptions, options: Any) -> None:
+        # Columns are settled by the data; the config stays what was given.
+        super().__init__(entry, run, replace(options))
+
+    def reads_names(self) -> bool:
+        """Those of own data; the tasks of the catalogue count by number."""
+        return self.entry.data is None
+
+    def settle(self, splits: Mapping[str, list[Row]]) -> None:
+        """Find the columns that the config does not name, where it is clear which they are."""
+        rows = next(iter(splits.values()))
+        wanted = {"text_column": self.args.text_column, "label_column": self.args.label_column}
+        found_columns = find_columns(rows, *wanted.values())
+        for (key, name), found in zip(wanted.items(), found_columns, strict=True):
+            given = name != getattr(TextClassificationOptions, key) or key in self.entry.values
+            if not given and name not in rows[0] and found is not None:
+                self.say(f"{key}: {found!r}")
+                setattr(self.args, key, found)
+
     def columns_used(self) -> tuple[str, ...]:
         """Text, second text if there is one, and label."""
         return (*self._texts, self.args.label_column)
@@ -76,6 +96,7 @@ class TextClassification(Labelled, TextFamily):
         if name == "test":
             return super().rows(keys)
         splits = load_rows(self.data_name, self.data_config)
+        self.settle(splits)
         name = name if name in splits else "validation"  # local files have no validation_matched
         for wanted in ("train", name):
             if wanted not in splits:
@@ -91,7 +112,6 @@ class TextClassification(Labelled, TextFamily):
         """Read, check, deduplicate, split."""
         splits, self.labels = split_labelled(
             self,
-            self.args.label_column,
             " (set text_column and label_column)",
             lambda row: tuple(_normalised(row[column]) for column in self._texts),
         )

@@ -34,7 +34,7 @@ __all__ = ["guard_saving"]
 TRAINED = "trained/"  # prefix of A, B and what else the portable adapter holds in another form
 
 
-def guard_saving(model: nn.Module) -> None:
+def guard_saving(model: Any) -> None:
     """Guard a model that has ``save_pretrained``; see this module. Twice is once.
 
     Args:

@@ -137,6 +137,22 @@ def test_float32_projects_to_its_precision_and_never_lengthens(x, r, cond, most)
     assert float(have.norm()) <= float(g.double().norm())
 
 
+@pytest.mark.parametrize("x", XS)
+@pytest.mark.parametrize("cond", [1e8, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_of_a_million_times_each_others_size_lengthen_little(x, cond, dtype):
+    rng = np.random.default_rng(0)
+    B = torch.tensor(1e6 * with_condition(40, 8, cond, rng)).to(dtype)
+    A = torch.tensor(with_condition(30, 8, 1e3, rng).T).to(dtype)
+    g = torch.tensor(rng.standard_normal((40, 30)))
+    gradients = (2 * B.double().T @ g).to(dtype), (2 * g @ A.double().T).to(dtype)
+    directions = F.align(A, B, *gradients, 2.0, x=x)
+    have = F.equivalent_gradient(*(t.double() for t in (A, B, *directions)), 2.0)
+    # d_A is rounded to its dtype and multiplied by B.
+    rounding = torch.finfo(dtype).eps * 2 * B.double().norm() * directions[0].double().norm()
+    assert float(have.norm()) <= 1.01 * float(g.norm()) + float(rounding)
+
+
 @pytest.mark.parametrize("cond", [1, 10, 100])
 @pytest.mark.parametrize("r", [8, 32])
 def test_float32_shares_the_step_as_sylvester_does_to_a_percent(r, cond):

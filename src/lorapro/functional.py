@@ -29,6 +29,7 @@ from lorapro.choices import check_choice
 from lorapro.gram import (
     Inverse,
     Rows,
+    combine,
     inner,
     inverse,
     inverses,
@@ -194,43 +195,45 @@ def point_at(
 def align_at(at: Point, *, x: str) -> tuple[Rows | None, Rows | None]:
     """:func:`align` on rows of many shapes; ``None`` where a factor is frozen.
 
-    ``d_A = s⁻²(S_B⁻¹·grad_A + X·A)``, ``d_B = s⁻²(grad_B·S_A⁻¹ − B·C)``, X and C of :func:`shares`.
+    ``d_A = s⁻²(S_B⁻¹·grad_A + Z·S_A⁻¹·A)``, ``d_B = s⁻²(grad_B − B·Y)·S_A⁻¹``, Y and Z of
+    :func:`shares`. Rows are multiplied by roots of an inverse, never by an inverse: in float32 they
+    lose the condition of a factor, not its square.
     """
-    square, to_A, to_B = at.s**-2, [], []
+    square, to_A, of_B = at.s**-2, [], at.grad_B
     if at.K is not None:
-        X, C = shares(at, at.K, x)
-        to_A = [] if X is None else [(square * X, at.A)]
-        to_B = [(-square * C.mT, at.B)]
+        Y, Z = shares(at, at.K, x)
+        if Z is not None:
+            to_A = [(square * bmm(Z, at.inv_A.V.mT), combine((at.inv_A.E, at.A)))]
+        of_B = combine((-Y.mT, at.B), onto=at.grad_B)
     return (
         None if at.grad_A is None else at.inv_B(at.grad_A, square, *to_A),
-        None if at.grad_B is None else at.inv_A(at.grad_B, square, *to_B),
+        None if of_B is None else at.inv_A(of_B, square),
     )
 
 
 def shares(
     at: Point, K: Tensor, x: str, weight_B: Tensor | float = 1.0
-) -> tuple[Tensor | None, Tensor]:
-    """X, and ``C = S_B⁻¹·K·S_A⁻¹ + X``, both times s²: the one place where X is chosen.
+) -> tuple[Tensor, Tensor | None]:
+    """Y, and ``Z = Y − S_B⁻¹·K``: the one place where X, which is ``s⁻²·Z·S_A⁻¹``, is chosen.
 
-    ``C = S_B⁻¹·K·S_A⁻¹`` (zero), half of it (symmetric), or ``Y·S_A⁻¹`` (sylvester) with
-    ``S_B·Y + Y·S_A/w = K``, whether ``S_B⁻¹`` is damped or not. C is formed first: in d_B, X would
-    cancel, and what Y lacks in precision goes to X, where the equivalent gradient does not see it.
+    ``Y = S_B⁻¹·K`` (zero), half of it (symmetric), or the solution of ``S_B·Y + Y·S_A/w = K``
+    (sylvester), whether ``S_B⁻¹`` is damped or not. What Y lacks in precision goes to X, where the
+    equivalent gradient does not see it.
 
     Args:
         at: the factors.
         K: ``grad_A·Aᵀ``, (k, r, r).
-        x: the choice of X; for ``"zero"`` X is returned as ``None``.
+        x: the choice of X; for ``"zero"`` Z is returned as ``None``.
         weight_B: w, by which ``"sylvester"`` weighs ``‖d_B − grad_B‖²``; 1 is the paper's.
     """
-    inv_A = at.inv_A.full
-    Z = bmm(bmm(at.inv_B.full, K), inv_A)
+    all_A = bmm(at.inv_B.full, K)
     if x == "zero":
-        return None, Z
+        return all_A, None
     if x == "symmetric":
-        return -0.5 * Z, 0.5 * Z
-    Y = solve_sylvester(at.S_B, at.S_A / weight_B, K, weight_B * inv_A, at.dtype)
-    C = bmm(Y, inv_A)
-    return C - Z, C
+        return 0.5 * all_A, -0.5 * all_A
+    inv_Q = weight_B * at.inv_A.full
+    Y = solve_sylvester(at.S_B, at.S_A / weight_B, K, inv_Q, at.dtype)
+    return Y, Y - all_A
 
 
 def step_length(at: Point, gram_B: Tensor) -> Tensor:

@@ -229,14 +229,16 @@ def solve_sylvester(P: Tensor, Q: Tensor, K: Tensor, inv_Q: Tensor, dtype: torch
         (k, r, r) in float64.
 
     >>> one = torch.eye(2, dtype=torch.float64)[None]
-    >>> solve_sylvester(2 * one, one, 6 * one, one, torch.float64)[0]
+    >>> solve_sylvester(2 * one, one, 6 * one, one, torch.float64)[0].float()
     tensor([[2., 0.],
-            [0., 2.]], dtype=torch.float64)
+            [0., 2.]])
     """
     k = len(P)
     q = unit((trace(Q) / trace(inv_Q)).nan_to_num(0.0).sqrt())
     eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-    half = _inverse_of_cholesky(torch.cat([P / q, Q / q]) + eye, eye)
+    both = torch.cat([P / q, Q / q])
+    # Rounding may have left them eigenvalues of −1e-16 of their traces.
+    half = _inverse_of_cholesky(both + (1 + 1e-15 * trace(both)) * eye, eye)
     middle = bmm(half.mT, half)  # (P/q + 1)⁻¹ and (Q/q + 1)⁻¹
     size = K.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(K.dtype).tiny)
     Y = bmm(bmm(middle[:k], K / size), middle[k:]).to(dtype)

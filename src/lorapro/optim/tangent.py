@@ -155,9 +155,9 @@ def align_direction(
     if all(moves):
         mean = (at.s * trace(at.S_A) / at.S_A.shape[-1]).square()
         weight = mean.clamp_min(torch.finfo(mean.dtype).tiny)
-        X, C = shares(at, bmm(to_A, h.right_A), x, weight)
-        d_A += [] if X is None else [(square * X, at.A)]
-        d_B += [(-square * C.mT, at.B)]
+        Y, Z = shares(at, bmm(to_A, h.right_A), x, weight)
+        d_A += [] if Z is None else [(square * bmm(Z, at.inv_A.full), at.A)]
+        d_B += [(-square * bmm(at.inv_A.full, Y.mT), at.B)]
     return d_A, d_B
 
 

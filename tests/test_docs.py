@@ -133,6 +133,16 @@ def test_every_file_that_is_named_exists():
             assert (ROOT / code).exists(), f"{page}: {code}"
 
 
+def test_every_test_that_is_named_exists():
+    seen = 0
+    for page, code in codes():
+        if found := re.fullmatch(r"(tests/[\w/]+\.py)::(\w+)", code):
+            seen += 1
+            source = (ROOT / found[1]).read_text(encoding="utf-8")
+            assert f"\ndef {found[2]}(" in source, f"{page}: {code}"
+    assert seen > 10
+
+
 def test_every_method_of_the_tables_exists():
     from lorapro.experiments.methods.catalogue import find_method
 

@@ -42,7 +42,8 @@ def value(entry: dict[str, Any]) -> str:
         LookupError: the table has no such cell, or the cell nothing of that kind.
     """
     if "code" in entry:
-        return rate(str(named(entry["code"])))
+        constant = named(entry["code"])
+        return f"{constant:g}" if entry.get("plain") else rate(str(constant))
     text = cell(entry["file"], entry["section"], entry["row"], entry["column"])
     found = re.search(TAKE[entry.get("take", "first")], text)
     if found is None:

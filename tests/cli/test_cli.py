@@ -129,6 +129,7 @@ def test_compare_prints_table_figure_and_adapters(classify, tmp_path, capsys):
     assert "against lora" in out
     page = next(line for line in out.splitlines() if line.startswith("Report: "))
     assert page.endswith("out/report.html")
+    assert out.rstrip().endswith(page)  # the last thing that is said
     assert (tmp_path / "out" / "report.html").is_file()
     adapters = [line.split(": ")[1] for line in out.splitlines() if line.startswith("Adapter of")]
     assert len(adapters) == 2

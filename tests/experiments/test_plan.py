@@ -168,6 +168,7 @@ def test_several_recipes_run_whole_at_toy_size(tmp_path, monkeypatch, capsys):
         tmp_path / "one.yaml",
         {
             "title": "Two tasks",
+            "target": "full",
             "tasks": {"Sentiment": {"task": "tweets"}, "Sums": {"task": "gsm8k"}},
             "methods": {"full": 1e-4, "LoRA": {"method": "lora", "learning_rate": 1e-3}},
             "paper": {"LoRA": {"Sentiment": [80.5, 0.2], "Sums": None}},
@@ -180,6 +181,7 @@ def test_several_recipes_run_whole_at_toy_size(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     described = json.loads((tmp_path / "out/one/comparison.json").read_text())
     assert described["title"] == "Two tasks"
+    assert described["target"] == "full"
     assert described["toy"] is True
     assert described["paper"] == {"LoRA": {"Sentiment": [80.5, 0.2]}}  # null: it has none
     assert described["columns"]["Sentiment"]["value"] == "accuracy"

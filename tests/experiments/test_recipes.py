@@ -16,7 +16,7 @@ RECIPES = sorted(p.relative_to(ROOT).as_posix() for f in FOLDERS for p in f.rglo
 
 
 def test_there_are_recipes():
-    assert "recipes/local/tweets_demo.yaml" in RECIPES
+    assert "recipes/lab/demo.yaml" in RECIPES
     assert "recipes/local/gsm8k_smollm2.yaml" in RECIPES
 
 

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from experiments.written_runs import pair_records, write_plan, write_run
 from lorapro.cli.main import main
+from lorapro.experiments.errors import UserError
+from lorapro.experiments.plan import load_comparison
 from lorapro.experiments.report import Report, print_tables, report_comparison
 from lorapro.experiments.report.comparison import choose_rate, compare, rate_losses
 from lorapro.experiments.report.diagnostic_figures import (
@@ -534,6 +536,21 @@ def test_what_a_comparison_leaves_in_its_folder(tmp_path):
     assert json.loads((root / "results.json").read_text())["runs"]
     assert "| lora-pro | 0.001 |" in (root / "table.md").read_text()
     assert (root / "report.html").read_text().startswith("<!doctype html>")
+    assert f"Picture: {root}/differences.png" in said
+    assert (root / "differences.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gap_leads_to_the_row_that_a_recipe_names(tmp_path):
+    root = write_losses(tmp_path)
+    plan = root / "comparison.json"
+    held = json.loads(plan.read_text()) if plan.is_file() else {}
+    plan.write_text(json.dumps({**held, "target": "lora-pro"}))
+    (found,) = Report(read_results(root)).comparisons
+    assert found.goal == "lora-pro"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: tweets\nmethods: {lora: 1e-3, full: 1e-4}\ntarget: fulll\n")
+    with pytest.raises(UserError, match="unknown target 'fulll'"):
+        load_comparison(recipe)
 
 
 def test_the_command(tmp_path, capsys):

@@ -30,7 +30,10 @@ __all__ = [
     "training_defaults",
 ]
 
-COMPARE_ONLY = ("title", "paper", "columns", "tasks", "grid", "methods", "seeds", "strategy")
+COMPARE_ONLY = (
+    *("title", "paper", "columns", "target"),
+    *("tasks", "grid", "methods", "seeds", "strategy"),
+)
 
 
 def default_of(item: Any) -> Any:

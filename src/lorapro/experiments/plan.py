@@ -14,8 +14,9 @@ A recipe is a run's keys and, beside them:
 ``seeds``, ``strategy``
     ``tune``: in each cell every rate with the first seed, the best on validation data with the
     others; ``grid``: every rate with every seed.
-``title``, ``paper``, ``columns``
-    for the report. ``paper`` holds the paper's own numbers as
+``title``, ``target``, ``paper``, ``columns``
+    for the report. ``target`` is the row that the gap from LoRA leads to (``full``; ``better``: of
+    the rows of full fine-tuning). ``paper`` holds the paper's own numbers as
     ``{row label: {column: number or [mean, sd]}}``, with the rows of ``methods``. ``columns`` says
     what a column of ours is, ``{column: {task: label, value: accuracy, scale: 100, further keys to
     select runs by: value}}``; ``value`` is a test metric or, with ``cost.``, a cost. A column that
@@ -111,6 +112,7 @@ class Comparison:
     columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     toy: bool = False
     unread: tuple[str, ...] = ()
+    target: str = ""
 
     def most_runs(self) -> int:
         """Return how many runs there are in all."""
@@ -124,6 +126,7 @@ class Comparison:
         return {
             "recipe": self.recipe,
             "title": self.title,
+            "target": self.target,
             "toy": self.toy,
             "seeds": list(self.seeds),
             "strategy": self.strategy,
@@ -193,8 +196,11 @@ def load_comparison(
     title = own.get("title") or ""
     if not isinstance(title, str):
         raise UserError(f"title must be a line of text, found {title!r}")
+    target = str(own.get("target", ""))
+    if target not in ("", "full", "better"):
+        check_name("target", target, method_rows(path, own.get("methods"), None))
     comparison = Comparison(
-        str(path), where, cells, seeds, strategy, title, paper, described, toy, unread
+        str(path), where, cells, seeds, strategy, title, paper, described, toy, unread, target
     )
     for cell in cells:
         for rate in cell.learning_rates:

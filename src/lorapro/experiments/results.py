@@ -142,6 +142,7 @@ def _read_comparison(root: Path, runs: list[Path]) -> tuple[list[dict[str, Any]]
         _numbers(plan.get("paper", {}), root / COMPARISON),
         plan.get("columns", {}),
         toy=bool(plan.get("toy")),
+        target=str(plan.get("target", "")),
     )
     return rows, about
 

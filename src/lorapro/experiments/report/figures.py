@@ -205,8 +205,8 @@ def difference_figure(found: Comparison) -> FigurePanels | None:
                 axes.plot(ends, [place] * 2, color=color, linewidth=4.5, alpha=0.25)
             if versus.interval is not None:
                 ends = [versus.interval.low, versus.interval.high]
-                axes.plot(ends, [place] * 2, color=color, linewidth=1.6)
-            axes.plot(versus.size, place, "o", color=color, markersize=4.5)
+                axes.plot(ends, [place] * 2, color=color, linewidth=2.2)
+            axes.plot(versus.size, place, "o", color=color, markersize=5.5)
         axes.axvline(0, color=COLORS["baseline"], linewidth=1.2)
         axes.set_yticks(range(len(rows)), [row.label for row in reversed(rows)])
         axes.set_ylim(-0.7, len(rows) - 0.3)
@@ -232,7 +232,10 @@ def difference_figure(found: Comparison) -> FigurePanels | None:
                 fitted=True,
             )
         ],
-        {"better": COLORS["better"], "a tie": COLORS["tie"], "worse": COLORS["worse"]},
+        {
+            baseline: COLORS["baseline"],
+            **{"better": COLORS["better"], "a tie": COLORS["tie"], "worse": COLORS["worse"]},
+        },
     )
 
 

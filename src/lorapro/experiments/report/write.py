@@ -14,7 +14,7 @@ from lorapro.experiments.folders import ADAPTER, MERGED, MODEL, write_text
 from lorapro.experiments.report.comparison import TARGET, Comparison, compare
 from lorapro.experiments.report.diagnostic_figures import diagnostic_figures
 from lorapro.experiments.report.drawing import FigurePanels
-from lorapro.experiments.report.figures import figures_of
+from lorapro.experiments.report.figures import difference_figure, figures_of
 from lorapro.experiments.report.html import Section, page, verdict_cards
 from lorapro.experiments.report.problems import Problem, headline, problems
 from lorapro.experiments.report.rate_tables import (
@@ -190,7 +190,8 @@ def _save(figure: FigurePanels, folder: Path, kind: str) -> Path:
 def report_comparison(folder: Path, console: Console) -> None:
     """Print a comparison's tables and write what is to be kept of it into its folder.
 
-    ``results.json`` (with per-item values beside it), ``table.md`` and ``report.html``.
+    ``results.json`` (with per-item values beside it), ``table.md``, ``report.html`` and, of one
+    problem, ``differences.png``. The verdicts and where these lie are printed last.
     """
     results = read_results(folder)
     report = Report(results)
@@ -198,13 +199,18 @@ def report_comparison(folder: Path, console: Console) -> None:
         write_results(results, name, folder)
     report.save(folder / TABLE)
     report.save(folder / PAGE)
-    print_tables(report, console)
-    lines = [f"Report: {folder / PAGE}", f"Table:  {folder / TABLE}"]
+    lines = []
     for found in report.comparisons:
         for row in found.rows:
             places = [folder / row.runs["folder"].iloc[0] / kind for kind in SAVED if len(row.runs)]
             lines += [f"{p.name.capitalize()} of {row.label}: {p}" for p in places if p.is_dir()]
     for line in dict.fromkeys(lines):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_tables(report, console)
+    lines = ["", f"Table:   {folder / TABLE}"]
+    if len(report.comparisons) == 1 and (drawn := difference_figure(report.comparisons[0])):
+        lines.append(f"Picture: {_save(drawn, folder, 'png')}")
+    for line in [*lines, f"Report:  {folder / PAGE}"]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.tiny_models import write_yaml
 from lorapro.cli.main import COMMANDS, main
+from lorapro.diagnostics import read_records
 
 
 def error_of(capsys, *arguments):
@@ -118,6 +119,40 @@ def test_train_evaluate_inspect(classify, tmp_path, capsys):
     assert all(p["name"] in table for p in described["pairs"])
     assert f"{len(described['pairs'])} pairs" in table
     assert "classifier" in table
+
+
+def test_inspect_shows_the_alignment_of_a_run_or_how_to_get_it(classify, tmp_path, capsys):
+    values = {**classify, "max_steps": 30, "diagnostics_every": 2}
+    assert main(["train", str(write_yaml(tmp_path / "c.yaml", values))]) == 0
+    run = tmp_path / "run"
+    capsys.readouterr()
+    assert main(["inspect", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["alignment"]
+    records = read_records(run)
+    assert [row["step"] for row in found["steps"]] == [1, *range(2, 31, 2)]
+    last = [r for r in records if r.step == 30]
+    assert found["steps"][-1]["aligned_distance"] == pytest.approx(
+        sum(r.aligned_distance**2 for r in last) ** 0.5
+        / sum(r.gradient_norm**2 for r in last) ** 0.5
+    )
+    assert [row["layer"] for row in found["layers"]] == [None, 0, 1]
+    of_layer = [r for r in last if ".layer.1." in r.name]
+    assert found["layers"][2]["rank_B"] == min(r.rank_B for r in of_layer)
+    for row in found["steps"][1:]:
+        assert row["aligned_distance"] <= min(1, row["lora_distance"])
+
+    assert main(["inspect", str(run / "adapter"), "--model", values["model"]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = lines[lines.index("alignment, all pairs") :]
+    steps = [line.split()[0] for line in shown if line.strip()[:1].isdigit()]
+    assert (steps[0], steps.count("30")) == ("1", 1)
+    assert "alignment by layer, step 30" in shown
+
+    (run / "diagnostics.jsonl").write_text("{}\n")
+    assert "expected lorapro.diagnostics' lines" in error_of(capsys, "inspect", str(run))
+    (run / "diagnostics.jsonl").unlink()
+    assert main(["inspect", str(run)]) == 0
+    assert "train with --diagnostics_every 10" in capsys.readouterr().out
 
 
 def test_compare_prints_table_figure_and_adapters(classify, tmp_path, capsys):

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from experiments.tiny_models import byte_tokenizer
+from lorapro.cli.main import main
 from lorapro.experiments.config import build_config
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.runner import make_task, run
+from lorapro.experiments.saved import open_saved
 from lorapro.experiments.tasks.causal import IGNORED
 from lorapro.experiments.toys.data import chats, write_jsonl
 
@@ -125,6 +127,26 @@ def test_texts_are_cut_into_pieces_and_lose_nothing(sft, tmp_path):
     assert "".join(pieces) == f"{texts[-1]}<|im_end|>"
     assert len(pieces) > 3
     assert all(len(e["labels"]) <= 40 and IGNORED not in e["labels"] for e in task.train)
+
+
+def test_a_prompt_is_continued_whole_and_samples_continue_the_first_half(sft, tmp_path, capsys):
+    texts = [f"{i} little boats, and {i + 1} more" for i in range(40)]
+    write_jsonl(tmp_path / "t.jsonl", [{"text": t} for t in texts])
+    run(build_config({**sft, "data": str(tmp_path / "t.jsonl")}))
+    for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        whole = next(t for t in texts if t.startswith(sample["prompt"]))
+        assert len(sample["prompt"]) == len(whole) // 2
+        assert whole.startswith(sample["prompt"] + sample["reference"])
+        assert len(sample["reference"]) == 8
+
+    saved = open_saved(tmp_path / "run")
+    ids = torch.tensor([saved.family.tokenizer("7 little bo")["input_ids"]])
+    out = saved.load_model().eval().generate(ids, max_new_tokens=8, do_sample=False)
+    expected = saved.family.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "7 little bo"]) == 0
+    assert capsys.readouterr().out == expected + "\n"
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lorapro.cli.common import Parser, quiet_libraries, report_line
@@ -12,7 +13,24 @@ __all__ = ["run"]
 
 DESCRIPTION = """\
 Show what would be trained. TARGET is a config YAML, a run's folder, one of its checkpoints, or the
-folder of a PEFT adapter (its base model is the one it names, or --model)."""
+folder of a PEFT adapter (its base model is the one it names, or --model).
+
+Of a run trained with --diagnostics_every N also the alignment, of every measured step and of every
+layer at the last one: the smallest rank and the largest condition of B; the norm of W's gradient;
+how far from it LoRA's own step and the aligned one are, as shares of that norm; the decrease of the
+loss for a unit of learning rate that is predicted, and that of the step that was taken. Pictures of
+it: lorapro report RUN --figures DIR."""
+
+MOST_STEPS = 12
+COLUMNS = {
+    "rank_B": "rank B",
+    "condition_B": "cond. B",
+    "gradient_norm": "|g|",
+    "lora_distance": "LoRA: |g~-g|/|g|",
+    "aligned_distance": "aligned",
+    "predicted_decrease": "predicted",
+    "realised_decrease": "realised",
+}
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -27,24 +45,52 @@ def run(arguments: Sequence[str]) -> None:
     known, flags = parser.parse_known_args(arguments)
 
     quiet_libraries()  # before anything imports them
+    from lorapro.experiments.alignment import read_alignment, without_alignment
     from lorapro.experiments.restore import describe_target
 
     description = describe_target(known.target, flags, log=report_line)
+    alignment = read_alignment(Path(known.target))
     if known.json:
-        print(json.dumps(description, indent=2))
-    else:
-        _print_table(description)
+        print(json.dumps({**description, "alignment": alignment}, indent=2))
+        return
+    _print_table(description)
+    if alignment is not None:
+        _print_alignment(alignment)
+    elif without_alignment(Path(known.target)):
+        print("no alignment was measured; train with --diagnostics_every 10 to see it here")
 
 
-def _print_table(description: dict[str, Any]) -> None:
+def _table(*columns: str) -> tuple[Any, Any]:
+    """A console and an empty table, names on the left and numbers on the right."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("pair", "m", "n", "rank", "scaling", "|A|", "|B|"):
+    for name in columns:
         table.add_column(name, justify="left" if name == "pair" else "right", overflow="fold")
+    return console, table
+
+
+def _print_alignment(alignment: dict[str, list[dict[str, Any]]]) -> None:
+    steps = alignment["steps"]
+    every = -(-len(steps) // MOST_STEPS)
+    shown = [row for i, row in enumerate(steps) if i % every == 0 or i == len(steps) - 1]
+    for key, title, rows in (
+        ("step", "alignment, all pairs", shown),
+        ("layer", f"alignment by layer, step {steps[-1]['step']}", alignment["layers"]),
+    ):
+        console, table = _table(key, *COLUMNS.values())
+        for row in rows:
+            numbers = (f"{row[name]:.3g}" if name in row else "-" for name in COLUMNS)
+            table.add_row("-" if row[key] is None else str(row[key]), *numbers)
+        print(f"\n{title}")
+        console.print(table)
+
+
+def _print_table(description: dict[str, Any]) -> None:
+    console, table = _table("pair", "m", "n", "rank", "scaling", "|A|", "|B|")
     for pair in description["pairs"]:
         table.add_row(
             pair["name"],

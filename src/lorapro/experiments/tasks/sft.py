@@ -216,11 +216,10 @@ class Sft(Causal):
         return SftCollator(int(self.tokenizer.pad_token_id))
 
     def prompt_ids(self, row: Row) -> list[int]:
-        """Token ids of what comes before the last answer, or of the first part of a text."""
+        """Token ids of what comes before the last answer, or of a text that is to go on."""
         args, where = self.args, f"a row of {self.data_name}"
         if args.format == "text":
-            ids = list(self.tokenizer(str(row[args.text_column]))["input_ids"])
-            return ids[: min(len(ids) - 1, args.max_length // 4) or 1]
+            return list(self.tokenizer(str(row[args.text_column]))["input_ids"])
         if args.format == "messages":
             return self._ask(messages_of(row[args.messages_column], where, answered=False))
         prompt = row[args.prompt_column]
@@ -283,6 +282,9 @@ class Sft(Causal):
         from lorapro.experiments.generation import generate
 
         prompts = [self.prompt_ids(row) for row in rows]
+        if self.args.format == "text":  # the beginning, to be gone on with
+            most = self.args.max_length // 4
+            prompts = [ids[: max(1, min(len(ids) // 2, most))] for ids in prompts]
         answers = generate(
             model,
             self.tokenizer,
@@ -298,7 +300,10 @@ class Sft(Causal):
 
     def _shown(self, row: Row, ids: list[int]) -> dict[str, Any]:
         if self.args.format == "text":
-            return {"prompt": self.tokenizer.decode(ids, skip_special_tokens=True)}
+            rest = self.tokenizer(str(row[self.args.text_column]))["input_ids"][len(ids) :]
+            shown = {"prompt": ids, "reference": rest[: self.args.max_new_tokens]}
+            decode = self.tokenizer.decode
+            return {k: decode(v, skip_special_tokens=True) for k, v in shown.items()}
         messages = self.messages(row, f"a row of {self.data_name}")
         if messages is None:
             return {

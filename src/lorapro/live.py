@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lorapro.factors import LoraPair
 
-__all__ = ["HELD", "Places", "check_current", "check_gradients", "name_of"]
+__all__ = ["HELD", "Places", "check_current", "check_gradients", "check_zeros", "name_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +138,21 @@ def check_gradients(pairs: Sequence[LoraPair], params: Sequence[Tensor], first: 
             "FSDP or anything else that makes new ones."
         )
     if first and len(params) == 2 * len(pairs):
-        idle = [p.name for i, p in enumerate(pairs) if not any(given[2 * i : 2 * i + 2])]
-        if idle:
-            logger.warning(
-                "%d of %d pairs have no gradient at the first step and stay as they are until they "
-                "get one: %s",
-                len(idle),
-                len(pairs),
-                ", ".join(idle[:3]) + (", …" if len(idle) > 3 else ""),
-            )
+        _warn_of_idle(pairs, given)
+
+
+def check_zeros(pairs: Sequence[LoraPair], params: Sequence[Tensor]) -> None:
+    """Name pairs whose gradients are zero: how it looks where missing ones are filled up."""
+    _warn_of_idle(pairs, [p.grad is not None and bool(p.grad.any()) for p in params])
+
+
+def _warn_of_idle(pairs: Sequence[LoraPair], given: Sequence[bool]) -> None:
+    idle = [p.name for i, p in enumerate(pairs) if not any(given[2 * i : 2 * i + 2])]
+    if idle:
+        logger.warning(
+            "%d of %d pairs have no gradient at the first step and stay as they are until they "
+            "get one: %s",
+            len(idle),
+            len(pairs),
+            ", ".join(idle[:3]) + (", …" if len(idle) > 3 else ""),
+        )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorapro.choices import check_choice
+from lorapro.distributed.zero import refuse_modes
 from lorapro.optim.create import OPTIMIZERS, check_options, create_lorapro_optimizer
 from lorapro.param_groups import lora_param_groups
 from lorapro.rates import chosen_rate
@@ -23,6 +25,8 @@ __all__ = ["LoraProFactory", "trainer_optimizer", "use_lorapro"]
 # TRL's default for supervised fine-tuning of all weights. A trainer whose own default is lower
 # (1e-6 for DPO, GRPO and the like) takes as much smaller steps, and so do we: not measured.
 SUPERVISED_RATE = 2e-5
+# What may be chosen where the optimizer is DeepSpeed's own.
+ALIGNMENT = ("mode", "x", "damping", "adapter", "on_unaligned")
 # On arguments whose learning rate is our default, so that another mode may still take its own.
 CHOSEN = "_lorapro_chosen_rate"
 
@@ -60,7 +64,7 @@ def trainer_optimizer(
 
     Raises:
         ValueError: an unknown optimizer or option, or a value out of range, as the optimizer itself
-            would refuse it later.
+            would refuse it later; ``args`` ask for DeepSpeed.
 
     >>> from transformers import TrainingArguments
     >>> args = TrainingArguments(output_dir="out", learning_rate=1e-4, report_to=[])
@@ -69,6 +73,12 @@ def trainer_optimizer(
     (0.0001, 'full')
     """
     check_choice("optimizer", optimizer, OPTIMIZERS)
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        _check_zero(optimizer, kwargs)
+        raise ValueError(
+            "under DeepSpeed the optimizer is Trainer's or DeepSpeed's own: call "
+            "lorapro.use_lorapro(trainer) instead, which aligns gradients before its steps."
+        )
     options: dict[str, Any] = {"weight_decay": args.weight_decay}
     if optimizer != "sgd":
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -106,6 +116,10 @@ def use_lorapro(trainer: AnyTrainer, optimizer: str = "adamw", **kwargs: Any) ->
         trainer = lorapro.use_lorapro(DPOTrainer(model, args=args, …), mode="factored")
         trainer.train()
 
+    Under DeepSpeed the optimizer stays the one that Trainer makes or that the configuration names;
+    gradients are aligned before its steps, which with AdamW is efficient mode. Learning rate,
+    weight decay, betas and epsilon are then those of the arguments and the configuration.
+
     Args:
         trainer: after construction, before ``train()``.
         optimizer: see :func:`trainer_optimizer`.
@@ -116,7 +130,8 @@ def use_lorapro(trainer: AnyTrainer, optimizer: str = "adamw", **kwargs: Any) ->
 
     Raises:
         ValueError: the trainer has made an optimizer already; its model has no pair that could be
-            aligned; an unknown option or a value out of range.
+            aligned; an unknown option or a value out of range; a mode that cannot work under
+            DeepSpeed.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> from torch import nn
@@ -141,12 +156,29 @@ def use_lorapro(trainer: AnyTrainer, optimizer: str = "adamw", **kwargs: Any) ->
     if kwargs.get("adapter") is None and len(getattr(trainer.model, "peft_config", ())) > 1:
         # TRL keeps a frozen copy of the adapter beside it, as the reference.
         kwargs["adapter"] = _active(trainer.model)
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        _check_zero(optimizer, kwargs)
+        from lorapro.distributed.callback import AlignBeforeSteps
+
+        trainer.add_callback(AlignBeforeSteps(**{k: kwargs[k] for k in kwargs if k != "mode"}))
+        return trainer
     value = trainer_optimizer(trainer.args, optimizer, **kwargs)
-    if not getattr(trainer, "is_deepspeed_enabled", False):
-        chosen = {k: v for k, v in kwargs.items() if k in ("adapter", "on_unaligned")}
-        lora_param_groups(trainer.model, **chosen)
+    chosen = {k: v for k, v in kwargs.items() if k in ("adapter", "on_unaligned")}
+    lora_param_groups(trainer.model, **chosen)
     trainer.optimizer_cls_and_kwargs = value  # type: ignore[assignment]
     return trainer
+
+
+def _check_zero(optimizer: str, options: Mapping[str, Any]) -> None:
+    """Refuse what DeepSpeed's own optimizer with aligned gradients cannot do."""
+    check_options(optimizer, options)
+    refuse_modes(optimizer, options.get("mode", "efficient"))
+    for name in options:
+        if name not in ALIGNMENT:
+            raise ValueError(
+                f"under DeepSpeed {name!r} is set in the TrainingArguments or in the optimizer of "
+                f"the DeepSpeed configuration; expected of {', '.join(ALIGNMENT)} only."
+            )
 
 
 def _active(model: Any) -> str | None:

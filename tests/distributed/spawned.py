@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import importlib
+import os
 import traceback
 
 import torch
@@ -13,9 +15,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def _enter(rank, world, folder, function, args):
     torch.set_num_threads(1)
+    # What launchers say of a process, for accelerate and DeepSpeed.
+    os.environ |= {
+        "RANK": f"{rank}",
+        "LOCAL_RANK": f"{rank}",
+        "WORLD_SIZE": f"{world}",
+        "LOCAL_WORLD_SIZE": f"{world}",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",  # nobody listens: the processes have met by then
+    }
     store = f"file://{folder}/store"  # a file: no port to be free
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     try:
+        if isinstance(function, str):
+            module, name = function.split(":")
+            function = getattr(importlib.import_module(module), name)
         result = function(rank, world, *args)
     except BaseException:
         result = RuntimeError(traceback.format_exc())
@@ -27,7 +41,10 @@ def _enter(rank, world, folder, function, args):
 
 
 def spawned(function, world, folder, *args):
-    """What ``function(rank, world, *args)`` returned in every process."""
+    """What ``function(rank, world, *args)`` returned in every process.
+
+    A function by name, ``"module:name"``, is imported by the processes only.
+    """
     mp.start_processes(_enter, (world, str(folder), function, args), nprocs=world)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lorapro.choices import check_choice
 from lorapro.distributed.sharding import local, sharding_of
+from lorapro.distributed.zero import INSTEAD, refuse_pieces
 from lorapro.functional import X_CHOICES
 from lorapro.live import HELD, Places, check_current, check_gradients, name_of
 from lorapro.states import DESCRIBED, check_same, describe
@@ -124,9 +125,11 @@ class PairOptimizer(Optimizer):
 
     def _check_live(self) -> None:
         """Refuse a step on what the model no longer trains, see ``lorapro.live``."""
-        check_current(self.param_groups)
         groups = [group for group in self.param_groups if group["role"] == PAIRS]
         pairs = [pair for group in groups for pair in group["pairs"]]
+        cannot = f"{type(self).__name__} cannot step these"
+        refuse_pieces(pairs, f"{cannot}: {INSTEAD}; for other modes use DDP or FSDP2.")
+        check_current(self.param_groups)
         params = [p for group in groups for p in group["params"]]
         check_gradients(pairs, params, first=not getattr(self, "_has_stepped", False))
         self._has_stepped = True

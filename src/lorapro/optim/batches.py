@@ -194,8 +194,7 @@ def batches_of(pairs: Sequence[LoraPair], params: Sequence[Tensor]) -> list[Batc
     if len(params) != 2 * len(pairs):
         raise ValueError(
             f"{len(params)} parameters stand where {len(pairs)} pairs have {2 * len(pairs)}: "
-            "something put others in their place, as DeepSpeed ZeRO does, which is not supported: "
-            "use DDP or FSDP2 (torch.distributed.fsdp.fully_shard)."
+            "something put others in their place; build the optimizer or hook after that."
         )
     found: dict[tuple[object, ...], tuple[Batches, dict[object, Part]]] = {}
     for pair, A, B in zip(pairs, params[::2], params[1::2], strict=True):

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lorapro.choices import check_choice
 from lorapro.distributed.sharding import local
+from lorapro.distributed.zero import ZeroFactors, optimizers_of, refuse_pieces, whole_factors
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
-from lorapro.live import HELD, check_current, check_gradients
+from lorapro.live import HELD, check_current, check_gradients, check_zeros
 from lorapro.optim.adamw import efficient_directions
 from lorapro.optim.batches import batches_of
 from lorapro.param_groups import lora_param_groups
 
 __all__ = ["align_gradients"]
 
+NOT_THE_ENGINE = (
+    "align after deepspeed.initialize or accelerator.prepare, with the engine: "
+    "lorapro.align_gradients(engine, model)."
+)
+
 
 def align_gradients(
-    optimizer: Optimizer,
+    optimizer: Any,
     model: nn.Module | None,
     x: str = "sylvester",
     *,
@@ -39,8 +45,15 @@ def align_gradients(
     called: after unscaling and clipping, before moments. Around a closure, gradients are aligned
     each time the closure has computed them.
 
+    Under DeepSpeed ZeRO 1, 2 and 3 the first argument is the engine, once there is one
+    (``lorapro.distributed.zero``)::
+
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=…, config=config)
+        lorapro.align_gradients(engine, model)
+
     Args:
-        optimizer: an optimizer that holds the model's factors (also one wrapped by accelerate).
+        optimizer: an optimizer that holds the model's factors, a DeepSpeed engine, or accelerate's
+            wrapper of either's optimizer.
         model: the PEFT model; ``None`` if ``pairs`` are given.
         x: the choice of X, see :func:`lorapro.functional.align`.
         damping: directions of B shorter than this many steps are damped, as
@@ -54,7 +67,8 @@ def align_gradients(
         A handle; ``handle.remove()`` ends the alignment.
 
     Raises:
-        ValueError: unknown x, no pairs, or a trainable factor that the optimizer does not hold.
+        ValueError: unknown x, no pairs, a trainable factor that the optimizer does not hold, or a
+            pair whose factors DeepSpeed steps apart.
 
     >>> import torch, lorapro
     >>> A, B = nn.Parameter(torch.eye(2)), nn.Parameter(torch.zeros(2, 2))
@@ -68,48 +82,21 @@ def align_gradients(
     >>> handle.remove()
     """
     check_choice("x", x, X_CHOICES)
-    group = lora_param_groups(model, adapter=adapter, pairs=pairs, on_unaligned=on_unaligned)[0]
-    pairs_ = group["pairs"]
-    inner: Any = optimizer
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):
-        inner = inner.optimizer  # accelerate's wrapper
-    held = {id(p) for g in inner.param_groups for p in g["params"]}
-    for i, p in enumerate(group["params"]):
-        if p.requires_grad and id(p) not in held:
-            raise ValueError(
-                f"the optimizer does not hold factor {'AB'[i % 2]} of {pairs_[i // 2].name!r}; "
-                "build it from the parameters of this model."
-            )
+    inner, around = optimizers_of(optimizer)
+    with whole_factors(model):
+        group = lora_param_groups(model, adapter=adapter, pairs=pairs, on_unaligned=on_unaligned)[0]
 
-    for g in inner.param_groups:
-        for p in g["params"]:
-            setattr(p, HELD, True)
-
-    # Where each factor sits in the optimizer: accelerate exchanges parameters for sharded ones.
-    places = {
-        id(p): (g, i)
-        for g, held in enumerate(inner.param_groups)
-        for i, p in enumerate(held["params"])
-    }
-    where = [places.get(id(p)) for p in group["params"]]
-
-    @torch.no_grad()
-    def align_now() -> None:
-        params = [
-            q
-            for p, at in zip(group["params"], where, strict=True)
-            for q in ([p] if at is None else inner.param_groups[at[0]]["params"][at[1] :][:1])
-            if q.dim() == p.dim()
-        ]
-        check_current([{**group, "params": params}])
-        if params:
-            check_gradients(pairs_, params, first=not group.get("aligned"))
-        group["aligned"] = True
-        for batches in batches_of(pairs_, params):
-            reach = damping * _lr_of(inner, batches.moved[0]) if damping else 0.0
+    def align(pairs: Sequence[LoraPair], params: Sequence[Tensor], lr_of: Any) -> None:
+        for batches in batches_of(pairs, params):
+            reach = damping * lr_of(batches.moved[0]) if damping else 0.0
             directions = efficient_directions(batches, x, reach)
             held: list[Any] = [p.grad for p in batches.moved]
             torch._foreach_copy_(local(held), batches.moved_tensors(*directions))
+
+    if around is None:
+        align_now = _in_parameters(inner, group, align)
+    else:
+        align_now = _in_pieces(inner, around, group, align)
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -129,6 +116,66 @@ def align_gradients(
     return inner.register_step_pre_hook(before_step)
 
 
-def _lr_of(optimizer: Optimizer, p: torch.Tensor) -> Any:
-    """Learning rate of the group that holds a parameter."""
-    return next(g["lr"] for g in optimizer.param_groups if any(p is q for q in g["params"]))
+def _in_parameters(optimizer: Optimizer, group: dict[str, Any], align: Any) -> Callable[[], None]:
+    """Align the gradients that parameters carry."""
+    pairs = group["pairs"]
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    for i, p in enumerate(group["params"]):
+        if p.requires_grad and id(p) not in held:
+            refuse_pieces(pairs, NOT_THE_ENGINE)
+            raise ValueError(
+                f"the optimizer does not hold factor {'AB'[i % 2]} of {pairs[i // 2].name!r}; "
+                "build it from the parameters of this model."
+            )
+    for g in optimizer.param_groups:
+        for p in g["params"]:
+            setattr(p, HELD, True)
+
+    # Where each factor sits in the optimizer: accelerate exchanges parameters for sharded ones.
+    places = {
+        id(p): (g, i)
+        for g, of_group in enumerate(optimizer.param_groups)
+        for i, p in enumerate(of_group["params"])
+    }
+    where = [places.get(id(p)) for p in group["params"]]
+
+    def lr_of(p: Tensor) -> Any:
+        return next(g["lr"] for g in optimizer.param_groups if any(p is q for q in g["params"]))
+
+    @torch.no_grad()
+    def align_now() -> None:
+        refuse_pieces(pairs, NOT_THE_ENGINE)
+        params = [
+            q
+            for p, at in zip(group["params"], where, strict=True)
+            for q in ([p] if at is None else optimizer.param_groups[at[0]]["params"][at[1] :][:1])
+            if q.dim() == p.dim()
+        ]
+        check_current([{**group, "params": params}])
+        if params:
+            check_gradients(pairs, params, first=not group.get("aligned"))
+        group["aligned"] = True
+        align(pairs, params, lr_of)
+
+    return align_now
+
+
+def _in_pieces(
+    optimizer: Optimizer, zero: Any, group: dict[str, Any], align: Any
+) -> Callable[[], None]:
+    """Align the gradients of what DeepSpeed ZeRO is about to step."""
+    factors = ZeroFactors(zero, group["pairs"], group["params"])
+    seen: set[int] = set()
+
+    @torch.no_grad()
+    def align_now() -> None:
+        check_current([group])
+        for i, lr in factors.now(optimizer):
+            pairs, params = factors.pairs[i], factors.whole(i)
+            if i not in seen:
+                check_zeros(pairs, params)
+                seen.add(i)
+            align(pairs, params, lambda _, lr=lr: lr)
+            factors.store(i, params)
+
+    return align_now

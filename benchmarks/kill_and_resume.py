@@ -1,6 +1,7 @@
 """Kill a Trainer run again and again, at moments of all kinds; nothing may be lost.
 
     python benchmarks/kill_and_resume.py --kills 200
+    python benchmarks/kill_and_resume.py --kills 20 --bits 4       # QLoRA, Muon on the tangent space
 
 A run of a tiny Llama (LoRA-GA on a frozen base, factored mode, a checkpoint every second step, only
 the newest kept) is started in one folder, killed, started again with what lies there, and so on.
@@ -47,15 +48,31 @@ class Progress(TrainerCallback):
         self.file.write_text(str(state.global_step))
 
 
-def train(folder: Path, steps: int) -> None:
+def in_4_bits(model: torch.nn.Module) -> None:
+    """Store every linear layer but the head in 4 bits of bitsandbytes."""
+    import bitsandbytes as bnb
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            twin = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False)
+            twin.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, twin.to("cpu"))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def train(folder: Path, steps: int, bits: int) -> None:
     """One run, or the rest of it; the trained weights go beside the checkpoints."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    if bits == 4:
+        in_4_bits(model)
     model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1))
     ids = torch.randint(1, 16, (16, 6), generator=torch.Generator().manual_seed(1))
-    lorapro.lora_ga.initialize(model, [{"input_ids": ids, "labels": ids}], base="frozen")
+    batches = [{"input_ids": ids, "labels": ids}]
+    lorapro.lora_ga.initialize(model, batches, base="frozen", estimator="sketch")
     args = TrainingArguments(
         output_dir=str(folder / "out"),
         max_steps=steps,
@@ -69,11 +86,12 @@ def train(folder: Path, steps: int) -> None:
         logging_strategy="no",
         dataloader_pin_memory=False,
     )
+    rule: dict[str, str] = {"optimizer": "muon"} if bits == 4 else {"mode": "factored"}
     trainer = Trainer(
         model,
         args=args,
         train_dataset=[{"input_ids": row, "labels": row} for row in ids],
-        optimizer_cls_and_kwargs=lorapro.trainer_optimizer(args, mode="factored", lr=1e-2),
+        optimizer_cls_and_kwargs=lorapro.trainer_optimizer(args, lr=1e-2, **rule),
         callbacks=[lorapro.checkpoints.CompleteCheckpoints(), Progress(folder / "progress")],
     )
     found = lorapro.checkpoints.last_complete(args.output_dir)
@@ -119,7 +137,9 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def disturb(kind: str, at: float, folder: Path, steps: int, count: Path | None = None) -> int:
+def disturb(
+    kind: str, at: float, folder: Path, options: argparse.Namespace, count: Path | None = None
+) -> int:
     """A run that is killed; its exit code."""
 
     def before() -> None:
@@ -131,7 +151,7 @@ def disturb(kind: str, at: float, folder: Path, steps: int, count: Path | None =
             on_event(folder, lambda n: os.environ.update(EVENTS=str(n)))
 
     def work() -> None:
-        train(folder, steps)
+        train(folder, options.steps, options.bits)
         if count is not None:
             count.write_text(os.environ["EVENTS"])
 
@@ -148,6 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--at", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--bits", type=int, choices=(4, 32), default=32, help="of the base")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -157,7 +178,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         whole, folder = Path(scratch, "whole"), Path(scratch, "killed")
         whole.mkdir()
         began = time.perf_counter()
-        if disturb("none", 0, whole, options.steps, count := Path(scratch, "count")) != 0:
+        if disturb("none", 0, whole, options, count := Path(scratch, "count")) != 0:
             raise RuntimeError("the undisturbed run failed")
         duration, events = time.perf_counter() - began, int(count.read_text())
         largest = max(p.stat().st_size for p in whole.rglob("*") if p.is_file())
@@ -168,7 +189,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             kind = options.at[kills % len(options.at)]
             ends = {"time": duration, "file": events, "byte": largest}
             at = draw.uniform(0.0 if kind == "time" else 1.0, ends[kind])
-            code = disturb(kind, at, folder, options.steps)
+            code = disturb(kind, at, folder, options)
             kills += 1
             seen[f"{kind}: exit {code}"] += 1
             promised = folder / "progress"
@@ -184,7 +205,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             )
             if (folder / "trained.pt").is_file() or kills == options.kills:
                 if not (folder / "trained.pt").is_file():
-                    disturb("none", 0, folder, options.steps)
+                    disturb("none", 0, folder, options)
                 found_weights = torch.load(folder / "trained.pt", weights_only=True)
                 same = all(torch.equal(found_weights[k], v) for k, v in expected.items())
                 seen["ended with the same weights" if same else "ended with other weights"] += 1

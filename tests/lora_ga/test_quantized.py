@@ -125,14 +125,15 @@ def test_4_bit_weights_repacked_for_inference_still_give_gradients(tiny, base):
         assert a.energy == pytest.approx(b.energy, abs=0.05), a.name
 
 
-def test_4_bit_train_export_and_reload(tiny, base, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_4_bit_train_export_and_reload(tiny, base, optimizer, tmp_path):
     batches = tiny.batches()
     small = quantized(base, 4)
     model = adapted(copy.deepcopy(small))
     lora_ga.initialize(model, batches, estimator="sketch", base="frozen")
     start = logits(model, batches[0])
     model.train()
-    optimizer = lorapro.create_lorapro_optimizer(model, lr=3e-3)
+    optimizer = lorapro.create_lorapro_optimizer(model, optimizer, lr=3e-3)
     for step in range(20):
         optimizer.zero_grad()
         model(**batches[step % 3]).loss.backward()

@@ -77,8 +77,8 @@ TASK = {
     "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
     "metric_list": [{"metric": "exact_match"}],
 }
-EVAL = ["lorapro", "train", "--task", "metamath", "--method", "lora-pro", "--toy", "true"]
-EVAL += ["--generation_samples", "2", "--harness_tasks", "sums", "--harness_folder", "tasks"]
+EVAL = ["lorapro", "compare", str(RECIPES / "paper/table_2.yaml"), "--toy", "true", *ONE]
+EVAL += ["--tasks", "GSM8K", "--harness_tasks", "sums", "--harness_folder", "tasks"]
 DEMO = ["lorapro", "compare", str(RECIPES / "lab/demo.yaml"), "--toy", "true", *ONE]
 
 ABOUT = """
@@ -92,7 +92,7 @@ CHECKS: dict[str, list[list[str]]] = {
     "core": [["python", "-W", "error", "-W", NUMPY, "-c", CORE], ["lorapro", "--version"]],
     "hf": [["python", "-c", HF], ["lorapro", "--help"]],
     "experiments": [[*COMPARE, *ONE], ["lorapro", "report", "out", "--output", "page.html"]],
-    "eval": [[*EVAL, "--output_dir", "out"]],
+    "eval": [EVAL],
     "ray": [[*COMPARE, *ONE, "--backend", "ray", "--processes", "1"]],
     "demo": [DEMO],
     "docs": [["python", "-m", "mkdocs", "build", "-qs", "-f", str(ROOT / "mkdocs.yml"), "-d", "."]],
@@ -198,6 +198,7 @@ def check(name: str, wheel: Path, python: str) -> str:
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {"NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
+        env |= {"RAY_raylet_start_wait_time_s": "300"}  # of a busy machine
         if name == "docs":  # its pages are the repository's, and so are the sources they show
             env["PYTHONDONTWRITEBYTECODE"] = "1"
         for command in CHECKS[name]:

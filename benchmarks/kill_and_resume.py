@@ -1,7 +1,7 @@
 """Kill a Trainer run again and again, at moments of all kinds; nothing may be lost.
 
     python benchmarks/kill_and_resume.py --kills 200
-    python benchmarks/kill_and_resume.py --kills 20 --bits 4       # QLoRA, Muon on the tangent space
+    python benchmarks/kill_and_resume.py --kills 20 --bits 4  # QLoRA, Muon on the tangent space
 
 A run of a tiny Llama (LoRA-GA on a frozen base, factored mode, a checkpoint every second step, only
 the newest kept) is started in one folder, killed, started again with what lies there, and so on.

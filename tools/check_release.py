@@ -87,7 +87,8 @@ torch, count = m.version("torch"), len(list(m.distributions()))
 print(f"Python {platform.python_version()}, torch {torch}, {count} packages")
 """
 
-# What each environment does: commands, each a list of words; "python" is the environment's.
+# What each environment does: commands, each a list of words; "python" is the environment's, WORK
+# a folder of its own.
 CHECKS: dict[str, list[list[str]]] = {
     "core": [["python", "-W", "error", "-W", NUMPY, "-c", CORE], ["lorapro", "--version"]],
     "hf": [["python", "-c", HF], ["lorapro", "--help"]],
@@ -95,7 +96,7 @@ CHECKS: dict[str, list[list[str]]] = {
     "eval": [EVAL],
     "ray": [[*COMPARE, *ONE, "--backend", "ray", "--processes", "1"]],
     "demo": [DEMO],
-    "docs": [["python", "-m", "mkdocs", "build", "-qs", "-f", str(ROOT / "mkdocs.yml"), "-d", "."]],
+    "docs": [["python", "-m", "mkdocs", "build", "-qs", "-d", "WORK"]],
 }
 
 
@@ -202,7 +203,8 @@ def check(name: str, wheel: Path, python: str) -> str:
         if name == "docs":  # its pages are the repository's, and so are the sources they show
             env["PYTHONDONTWRITEBYTECODE"] = "1"
         for command in CHECKS[name]:
-            run([str(bin / command[0]), *command[1:]], cwd=work, env=env)
+            words = [str(work) if word == "WORK" else word for word in command[1:]]
+            run([str(bin / command[0]), *words], cwd=ROOT if name == "docs" else work, env=env)
         about = run([str(bin / "python"), "-c", ABOUT])
     return f"{name}: {about.strip()}"
 

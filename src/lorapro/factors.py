@@ -122,8 +122,7 @@ class LoraPair:
         stored = f"pair {self.name!r}: A {tuple(self.A.shape)} and B {tuple(self.B.shape)}"
         if min(self.A.dim(), self.B.dim()) < 2:
             raise ValueError(
-                f"{stored}, expected matrices; FSDP1 and ZeRO-3 flatten them: use FSDP2 "
-                "(torch.distributed.fsdp.fully_shard)."
+                f"{stored}, expected matrices; FSDP1 flattens them: use FSDP2 (fully_shard)."
             )
         try:
             A, B = self._shapes()
@@ -253,6 +252,7 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> Pairing:
         trained = [k for k in asked if any(p.requires_grad for p in adapter_parameters(module, k))]
         for key in trained:
             name = path if len(trained) == 1 else f"{path}[{key}]"
+            _refuse_flat(name, adapter_parameters(module, key))
             try:
                 found += _pairs_of(name, module, key)
             except ValueError as error:
@@ -326,6 +326,26 @@ def _pairs_of(name: str, module: Any, key: str) -> list[LoraPair]:
     scaling = float(module.scaling[key])
     live = Live(key, module.scaling, getattr(module, "merged_adapters", []))
     return [LoraPair(name, A, B, scaling, layout, blocks, _base_weight(module), live)]
+
+
+def _refuse_flat(name: str, held: Iterable[nn.Parameter]) -> None:
+    """Refuse factors of which other frameworks keep a flat piece.
+
+    Raises:
+        ValueError: in one sentence, which pair and what to use instead.
+    """
+    for p in held:
+        if getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                f"the factors of {name!r} are flattened by FSDP1; FSDP1 is deprecated and not "
+                "supported: shard with FSDP2 (fully_shard)."
+            )
+        if hasattr(p, "ds_id") and p.dim() < 2:
+            raise ValueError(
+                f"the factors of {name!r} are in pieces, as ZeRO-3 keeps them: for efficient mode "
+                "call lorapro.align_gradients(engine, model) before DeepSpeed's own optimizer; for "
+                "other modes use DDP or FSDP2."
+            )
 
 
 def _obstacle(module: Any, key: str) -> str | None:

@@ -33,10 +33,11 @@ def test_fsdp2_gives_the_single_curve_in_every_mode(world, layouts, tmp_path):
             assert sum(calls.values()) <= 24, (kind, layout, calls)
 
 
-def test_efficient_mode_exchanges_gram_matrices_only(tmp_path):
+@pytest.mark.parametrize("world", [2, 4])
+def test_efficient_mode_exchanges_gram_matrices_only(world, tmp_path):
     """At most 8·r²·pairs floats in at most four collectives, for layers that divide evenly."""
     sizes = {"rank": 3, "hidden": 16, "wide": 12}
-    for found in spawned(fsdp2, 2, tmp_path, ["efficient"], ["ours"], sizes, 2):
+    for found in spawned(fsdp2, world, tmp_path, ["efficient"], ["ours"], sizes, 2):
         _, calls, sent = found["efficient", "ours"]
         assert set(calls) == {"allreduce_"}
         assert calls["allreduce_"] <= 4

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import lorapro
 from distributed.curves import BATCH, batch, model_of
@@ -43,6 +44,7 @@ class Recorded(Trainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         self.losses = [*getattr(self, "losses", []), loss.item()]
+        self.kinds = {type(p).__name__ for p in self.model.parameters() if p.requires_grad}
         return loss
 
 
@@ -62,4 +64,34 @@ def trained(rank, world, folder, sizes, options, **extra):
     trainer = Recorded(model, args, train_dataset=Dataset.from_list(rows()))
     lorapro.use_lorapro(trainer, **options)
     trainer.train()
-    return mean_over_processes(trainer.losses)
+    return mean_over_processes(trainer.losses), trainer.kinds
+
+
+def adapters_only(model):
+    """Without the head: under FSDP2, TRL's loss gives it another gradient, with any optimizer."""
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    return model
+
+
+def tokenizer():
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(11)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1")
+
+
+def trained_by_trl(rank, world, folder, sizes, options, **extra):
+    """Losses of a run of TRL's SFTTrainer."""
+    from trl import SFTConfig, SFTTrainer
+
+    class RecordedSFT(Recorded, SFTTrainer):
+        pass
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = adapters_only(model_of(**sizes))
+    args = arguments(SFTConfig, folder, world, gradient_checkpointing=False, **extra)
+    trainer = RecordedSFT(
+        model, args, train_dataset=Dataset.from_list(rows()), processing_class=tokenizer()
+    )
+    lorapro.use_lorapro(trainer, **options)
+    trainer.train()
+    return mean_over_processes(trainer.losses), trainer.kinds

@@ -134,5 +134,5 @@ def everything(rank, world, folder, sizes):
     for stage in (1, 2, 3):
         config = config_of(stage, train_micro_batch_size_per_gpu="auto")
         options = {"damping": DAMPING}
-        found["trainer"][stage] = trained(rank, world, folder, sizes, options, deepspeed=config)
+        found["trainer"][stage], _ = trained(rank, world, folder, sizes, options, deepspeed=config)
     return found

@@ -122,7 +122,8 @@ class LoraPair:
         stored = f"pair {self.name!r}: A {tuple(self.A.shape)} and B {tuple(self.B.shape)}"
         if min(self.A.dim(), self.B.dim()) < 2:
             raise ValueError(
-                f"{stored}, expected matrices; FSDP1 and ZeRO-3 flatten them: use FSDP2 (fully_shard)."
+                f"{stored}, expected matrices; FSDP1 and ZeRO-3 flatten them: use FSDP2 "
+                "(fully_shard)."
             )
         try:
             A, B = self._shapes()

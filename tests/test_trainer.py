@@ -185,3 +185,11 @@ def test_bad_arguments_are_told_at_once(tmp_path):
     args.learning_rate = 0.0
     with pytest.raises(ValueError, match="learning_rate is 0"):
         lorapro.trainer_optimizer(args)
+
+
+def test_the_factory_takes_the_arguments_that_axolotl_hands_on(tmp_path):
+    args = arguments(TrainingArguments, tmp_path)
+    factory, kwargs = lorapro.trainer_optimizer(args, mode="efficient")
+    optimizer = factory()(classifier(), args, **kwargs)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert optimizer.param_groups[0]["mode"] == "efficient"

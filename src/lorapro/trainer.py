@@ -34,8 +34,11 @@ CHOSEN = "_lorapro_chosen_rate"
 class LoraProFactory:
     """What ``Trainer`` calls as ``factory()(model, **kwargs)`` to get its optimizer."""
 
-    def __call__(self, model: nn.Module, **kwargs: Any) -> PairOptimizer:
-        """Build the optimizer for the model that Trainer has prepared."""
+    def __call__(self, model: nn.Module, args: Any = None, **kwargs: Any) -> PairOptimizer:
+        """Build the optimizer for the model that Trainer has prepared.
+
+        axolotl hands its training arguments on too; they are not read again.
+        """
         return create_lorapro_optimizer(model, **kwargs)
 
 

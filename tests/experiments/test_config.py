@@ -73,9 +73,9 @@ def test_flags_that_cannot_be_meant(flags, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n- b\n", "found list"),
+        ("- a\n- b\n", "found a list"),
         ("a: [1\n", "not a YAML file"),
-        ("", "found NoneType"),
+        ("", "found nothing"),
         ("rank: 8\nrank: 4\n", "gives 'rank' more than once"),
         ("methods:\n  lora: 1\n  lora: 2\n", "gives 'lora' more than once"),
     ],

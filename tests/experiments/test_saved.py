@@ -237,6 +237,7 @@ def test_bad_input_is_one_line(classify, away, capsys):
     adapter = str(folder / "adapter")
     (away / "wrong.csv").write_text("a,b\n1,2\n")
     (away / "empty.txt").write_text("\n")
+    (away / "unseen.csv").write_text("text,label\nfine sun,bright\n")
     (away / "there.csv").write_text("")
     (away / "bare").mkdir()
     kept = sorted(away.rglob("*"))
@@ -245,6 +246,12 @@ def test_bad_input_is_one_line(classify, away, capsys):
         ("no column 'text'; its columns are: a, b", ["predict", adapter, "--data", "wrong.csv"]),
         ("give --data FILE or --text TEXT", ["predict", adapter]),
         ("give --data or --text", ["predict", adapter, "--data", "wrong.csv", "--text", "a"]),
+        ("a text is empty", ["predict", adapter, "--text", "fine", " "]),
+        (
+            "row 1 of unseen.csv has the label 'bright'",
+            ["evaluate", adapter, "--data", "unseen.csv"],
+        ),
+        ("there.csv is a file", ["report", str(folder), "--figures", "there.csv"]),
         ("no data file or folder 'no.csv'", ["predict", adapter, "--data", "no.csv"]),
         ("empty.txt holds no text", ["predict", adapter, "--data", "empty.txt"]),
         ("no file or folder 'nothing'", ["predict", "nothing", "--text", "a"]),

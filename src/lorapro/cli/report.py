@@ -43,6 +43,9 @@ def run(arguments: Sequence[str]) -> None:
     output = None if given.output is None else Path(given.output)
     if output is not None and output.suffix not in ENDINGS:
         raise UserError(f"--output must end in .html or .md, found {given.output!r}")
+    for flag, folder in (("--figures", given.figures), ("--compact", given.compact)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise UserError(f"{flag} {folder} is a file, expected a folder")
     if given.figure_format not in KINDS:
         raise UserError(f"--figure_format must be png or svg, found {given.figure_format!r}")
 

@@ -196,7 +196,7 @@ def from_values(given: Mapping[str, Any]) -> RunConfig:
     arguments.setdefault("output_dir", f"runs/{entry.name}-{method.name}")
     try:
         training = TrainingArguments(**arguments)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from error
     parts = (adapter, start, optimizer)
     return RunConfig(run, entry, task, method, *parts, training, given, tuple(foreign))

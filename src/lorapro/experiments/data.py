@@ -12,7 +12,7 @@ from lorapro.experiments.assets import ASSETS, asset_path, is_asset
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.idx import is_idx_folder, read_idx_folder
 
-__all__ = ["Row", "content_digest", "load_rows", "require_columns"]
+__all__ = ["Row", "content_digest", "load_rows", "missing", "require_cells", "require_columns"]
 
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -20,14 +20,13 @@ SPLIT_NAMES = ("train", "validation", "valid", "dev", "test", "validation_matche
 
 
 def _read_file(path: Path, encoding: str) -> list[Row]:
-    import json
-
     import pandas
 
     if path.suffix not in SUFFIXES:
         raise UserError(f"cannot read {path}: expected a file ending in {', '.join(SUFFIXES)}")
     try:
         if path.suffix in (".csv", ".tsv"):
+            _check_header(path, encoding)
             # Everything stays text; nothing but an empty field is missing.
             table = pandas.read_csv(
                 path,
@@ -40,15 +39,14 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
         elif path.suffix == ".parquet":
             table = pandas.read_parquet(path)
         else:
-            text = path.read_text(encoding=encoding)
-            # At newlines only: str.splitlines would break strings that hold U+2028 or U+0085.
-            lines = text.split("\n") if path.suffix == ".jsonl" else []
-            records = [json.loads(line) for line in lines if line.strip()] or json.loads(text)
-            if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-                raise ValueError("found no list of records")
-            return _not_empty(records, path)
+            return _not_empty(_records(path.read_text(encoding=encoding), path.suffix), path)
     except pandas.errors.EmptyDataError:
         raise UserError(f"{path} holds no rows") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"cannot read {path}: byte {error.object[error.start]:#x} at {error.start} is not "
+            "UTF-8; save the file as UTF-8"
+        ) from error
     except (ValueError, OSError, pandas.errors.ParserError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -56,6 +54,50 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
             "columns"
         ) from error
     return _not_empty(table.to_dict("records"), path)
+
+
+def _records(text: str, suffix: str) -> list[Row]:
+    """Rows of a JSON list, or of JSON lines.
+
+    Raises:
+        ValueError: no such thing; of lines it names the first.
+    """
+    import json
+
+    if suffix == ".json":
+        try:
+            records = json.loads(text) if text.strip() else []
+        except json.JSONDecodeError as error:
+            if not error.msg.startswith("Extra data"):  # else it is lines under another name
+                raise
+        else:
+            if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+                raise ValueError("found no list of records")
+            return records
+    rows = []
+    # At newlines only: str.splitlines would break strings that hold U+2028 or U+0085.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is not JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} holds a {type(row).__name__}, not an object")
+        rows.append(row)
+    return rows
+
+
+def _check_header(path: Path, encoding: str) -> None:
+    """Refuse two columns of one name, of which pandas would rename the second."""
+    import csv
+
+    with path.open(encoding=encoding, newline="") as stream:
+        names = next(csv.reader(stream, delimiter="\t" if path.suffix == ".tsv" else ","), [])
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} columns are called {name!r}")
 
 
 def _not_empty(rows: list[Any], path: Path) -> list[Row]:
@@ -158,6 +200,8 @@ def load_rows(
         return {"train": _read_file(opened, asset.encoding)}
     path = Path(source).expanduser()
     if path.is_file():
+        if config is not None:
+            raise UserError(f"data_config {config!r} is for data sets of the hub; {path} is a file")
         return {"train": _read_file(path, "utf-8-sig")}
     if path.is_dir():
         return _read_any_folder(path, names)
@@ -226,6 +270,25 @@ def require_columns(rows: Sequence[Row], columns: Iterable[str], source: str, ke
                 raise UserError(
                     f"row {number} of {source} has nothing in column {column!r}; fill it or leave "
                     "the row out"
+                )
+
+
+def require_cells(rows: Sequence[Row], columns: Iterable[str], source: str) -> None:
+    """Check that no cell of ``columns`` holds a list or a mapping, which would be read as its
+    Python notation.
+
+    Raises:
+        UserError: naming the first such row.
+    """
+    for column in columns:
+        for number, row in enumerate(rows, 1):
+            value: Any = row[column]
+            shape: Any = getattr(value, "shape", None)  # of an array, as Parquet gives it
+            if isinstance(value, list | tuple | dict | bytes) or shape:
+                kind = type(value).__name__
+                raise UserError(
+                    f"row {number} of {source} holds a {kind} in column {column!r}, expected a "
+                    "text or a number"
                 )
 
 

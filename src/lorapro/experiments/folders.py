@@ -80,6 +80,7 @@ __all__ = [
     "locked",
     "read_result",
     "run_state",
+    "unmade_by_bad_input",
     "write_json",
     "write_text",
 ]
@@ -132,7 +133,11 @@ def run_state(config: RunConfig) -> str:
         UserError: the folder holds another run (and ``overwrite`` is not set), or files of others.
     """
     folder = config.folder
-    if folder.exists() and not folder.is_dir():
+    try:
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"output_dir {str(folder)[:80]}...: {error.strerror}") from error
+    if exists and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file, expected a folder")
     if not folder.is_dir() or not any(p.name != LOCK for p in folder.iterdir()):
         return "new"
@@ -197,13 +202,32 @@ def claim(config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    values = {k: v for k, v in config.given.items() if k != "overwrite"}
+    values = {k: v for k, v in config.given.items() if k != "overwrite" and v is not None}
     text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True)
     write_text(folder / CONFIG, f"# lorapro train {CONFIG}\n{text}")
     identity = {"fingerprint": config.fingerprint(), "identity": config.identity()}
     # Relative paths of the config are meant from here.
     write_json(folder / RUN, {**identity, "started_in": str(Path.cwd())})
     return folder
+
+
+@contextlib.contextmanager
+def unmade_by_bad_input(folder: Path) -> Iterator[None]:
+    """Leave no trace of a run that bad input ends, if there was none before."""
+    there = {path for path in (folder, *folder.parents) if path.exists()}
+    try:
+        yield
+    except BusyError:  # somebody else's
+        raise
+    except UserError:
+        if folder not in there and folder.is_dir():
+            clear(folder)
+            (folder / LOCK).unlink(missing_ok=True)
+            for path in (folder, *folder.parents):
+                if path in there or any(path.iterdir()):
+                    break
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager

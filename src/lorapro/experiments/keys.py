@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from lorapro.experiments import methods, tasks
@@ -29,6 +30,30 @@ __all__ = [
     "relevant",
     "training_defaults",
 ]
+
+# What others call our keys and Trainer's.
+ALIASES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "dataset": "data",
+    "dataset_name": "data",
+    "train_file": "data",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "scheduler": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+}
 
 COMPARE_ONLY = (
     *("title", "paper", "columns", "target"),
@@ -95,6 +120,14 @@ def _takes_lists(key: str) -> bool:
     return key not in actions or actions[key].nargs in ("+", "*")
 
 
+@functools.cache
+def _text_keys() -> frozenset[str]:
+    """Keys of ours whose value is a text or a list of such."""
+    texts = (str, str | None, list[str], list[str] | None)
+    hints = typing.get_type_hints(union(_option_classes()))
+    return frozenset(key for key, hint in hints.items() if hint in texts)
+
+
 def _as_flags(values: Mapping[str, Any]) -> list[str]:
     """Write a mapping as flags, so that YAML values get the types and checks flags get."""
     flags: list[str] = []
@@ -124,11 +157,14 @@ def parse_values(values: Mapping[str, Any], flags: Sequence[str] = ()) -> dict[s
             type.
     """
     known = {*our_keys(), *training_defaults()}
-    for key in values:
+    for key, value in values.items():
         if key in COMPARE_ONLY:
             raise UserError(f"{key!r} belongs to 'lorapro compare'; 'lorapro train' is one run")
         if key not in known:
-            raise UserError(f"unknown config key {key!r}{nearest_hint(key, known)}")
+            raise UserError(f"unknown config key {key!r}{_hint(key, known)}")
+        if key in _text_keys() and isinstance(value, bool | Mapping):
+            found = "a mapping" if isinstance(value, Mapping) else str(value).lower()
+            raise UserError(f"{key} must be a text, found {found}; put quotes around a word")
     parser = _parser()
     from_file, _ = parser.parse_known_args(_as_flags(values))
     from_flags, unknown = parser.parse_known_args(list(flags))
@@ -136,14 +172,18 @@ def parse_values(values: Mapping[str, Any], flags: Sequence[str] = ()) -> dict[s
         name = unknown[0].lstrip("-").partition("=")[0]
         if not unknown[0].startswith("--"):
             raise UserError(f"unexpected argument {unknown[0]!r}")
-        hint = nearest_hint(name.replace("-", "_"), known)
-        raise UserError(f"unknown flag --{name}{hint}")
+        raise UserError(f"unknown flag --{name}{_hint(name.replace('-', '_'), known)}")
     given = {**vars(from_file), **vars(from_flags)}
     for key, value in given.items():
         if isinstance(value, str) and value.startswith("{"):
             with contextlib.suppress(json.JSONDecodeError):  # a template is no mapping
                 given[key] = json.loads(value)
     return given
+
+
+def _hint(key: str, known: Collection[str]) -> str:
+    meant = ALIASES.get(key)
+    return f" (did you mean {meant!r}?)" if meant else nearest_hint(key, known)
 
 
 def relevant(values: Mapping[str, Any]) -> set[str]:

@@ -54,9 +54,15 @@ def add_adapter(model: Any, config: RunConfig, family: Family) -> Any:
     adapter, options = config.method.adapter, config.adapter
     assert adapter.config is not None
     in_full = list(options.modules_to_save or [])
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for name in in_full:
-        check_name("module in modules_to_save:", name.rpartition(".")[2], names)
+    names = sorted({name.rpartition(".")[2] for name, _ in model.named_modules()} - {""})
+    for key, given in (
+        ("modules_to_save", in_full),
+        ("exclude_modules", options.exclude_modules or []),
+        # One name that fits nothing is PEFT's error; among several it would be passed over.
+        ("target_modules", options.target_modules if len(options.target_modules) > 1 else []),
+    ):
+        for name in given:
+            check_name(f"module in {key}:", name.rpartition(".")[2], names)
     if family.head is not None and family.head not in in_full:
         in_full.append(family.head)
     more = {
@@ -129,6 +135,46 @@ def check_optimizer(config: RunConfig, model: nn.Module) -> Any:
     except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     return maker, kwargs
+
+
+def check_scheduler(config: RunConfig, family: Family) -> None:
+    """Try once what Trainer makes of ``lr_scheduler_type`` and ``lr_scheduler_kwargs``."""
+    import torch
+    from torch import nn
+    from transformers import get_scheduler
+
+    training = config.training
+    steps = total_steps(config, family)
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
+            training.get_warmup_steps(steps),
+            steps,
+            training.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+    except (TypeError, ValueError) as error:
+        given = {k: v for k, v in config.given.items() if k.startswith("lr_scheduler")}
+        raise UserError(f"{given}: {' '.join(str(error).split())}") from error
+
+
+def check_positions(model: nn.Module, family: Family) -> None:
+    """Refuse examples longer than a model with learned positions has positions."""
+    from torch import nn
+
+    examples = [*family.train, *family.validation, *family.test]
+    longest = max((len(e["input_ids"]) for e in examples if "input_ids" in e), default=0)
+    for name, module in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and kind in ("position_embeddings", "wpe"):
+            # RoBERTa's begin behind the padding's.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            most = module.num_embeddings - first
+            if longest > most:
+                raise UserError(
+                    f"the longest example has {longest} tokens, but model {family.model_name!r} "
+                    f"has {most} positions; set max_length to {most} or less"
+                )
 
 
 def total_steps(config: RunConfig, family: Family) -> int:

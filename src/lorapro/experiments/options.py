@@ -126,6 +126,8 @@ def check_options(options: Any) -> None:
     """
     for item in dataclasses.fields(options):
         value, rule = getattr(options, item.name), item.metadata
+        if isinstance(value, str) and not value.strip() and value != item.default:
+            raise UserError(f"{item.name} is empty; leave it out or give it a value")
         if rule.get("choices_of") is not None and value is not None:
             for name in value if isinstance(value, list) else [value]:
                 check_name(item.name, str(name), rule["choices_of"])

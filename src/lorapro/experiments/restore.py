@@ -122,9 +122,16 @@ def _config_of(saved: Saved, data: str, flags: Sequence[str]) -> RunConfig:
 
 def _on_rows(saved: Saved, config: RunConfig, data: str, limit: int | None) -> Family:
     """The family with the rows of a file as its test set, and nothing to train on."""
-    family = saved.family
+    family: Any = saved.family
     family.args, family.run, family.data_name = config.task, config.run, data
     rows = rows_to_answer(family, data, family.columns_used(), limit or 0)
+    for number, row in enumerate(rows, 1):
+        label = getattr(family.args, "label_column", "label")
+        if "labels" in family.carried and str(row[label]) not in family.labels:
+            raise UserError(
+                f"row {number} of {data} has the label {str(row[label])!r}; the model knows: "
+                f"{', '.join(family.labels[:12])}"
+            )
     family.test_rows = rows
     family.test = family.encode(rows)
     if not family.test:
@@ -176,6 +183,8 @@ def predict_target(
     """
     if (data is None) == (not texts):
         raise UserError("give rows: either a file with --data, or texts")
+    if not all(text.strip() for text in texts):
+        raise UserError("a text is empty; give one with something in it")
     saved = _opened(Path(target), log, model)
     family = saved.family
     for name, value in (settings or {}).items():

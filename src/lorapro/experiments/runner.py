@@ -20,10 +20,18 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from lorapro.experiments import folders
 from lorapro.experiments.callbacks import DivergenceWatch, MetricsLog, NothingLeft, StepClock
 from lorapro.experiments.config import RunConfig
+from lorapro.experiments.errors import UserError
 from lorapro.experiments.evaluation import ItemTrainer, make_trainer
 from lorapro.experiments.keys import owners
 from lorapro.experiments.memory import peak_memory, reset_peak_memory, tensor_bytes
-from lorapro.experiments.model_building import build_model, check_optimizer, count_parameters
+from lorapro.experiments.model_building import (
+    build_model,
+    check_optimizer,
+    check_positions,
+    check_scheduler,
+    count_parameters,
+    total_steps,
+)
 from lorapro.experiments.saved import ABOUT, about_run, write_beside
 from lorapro.experiments.tasks import Family
 
@@ -73,7 +81,12 @@ def run(
     family = family or make_task(config, log)
     model = build_model(config, family)
     optimizer = check_optimizer(config, model)
-    with folders.locked(folder):
+    check_scheduler(config, family)
+    check_positions(model, family)
+    steps = total_steps(config, family)
+    if config.training.get_warmup_steps(steps) > steps:
+        say(f"note: the warm-up is longer than the run, {steps} steps: its rate is never reached")
+    with folders.unmade_by_bad_input(folder), folders.locked(folder):
         state = folders.run_state(config)  # again: another process may have had it meanwhile
         if state == "finished":
             return folders.read_result(folder)
@@ -106,7 +119,10 @@ def _train(
 
         every, layers = config.run.diagnostics_every, config.run.diagnostics_layers
         callbacks.append(AlignmentCallback(every=every, layers=layers))
-    trainer = make_trainer(config, family, model, optimizer, callbacks)
+    try:
+        trainer = make_trainer(config, family, model, optimizer, callbacks)
+    except (ValueError, TypeError, ImportError) as error:  # what Trainer has against its keys
+        raise UserError(" ".join(str(error).split())) from error
     if on_step is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)

@@ -16,9 +16,22 @@ _LEAST = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "seed": 0,
-    "warmup_steps": 0,
+    "data_seed": 0,
+    "dataloader_num_workers": 0,
 }
-_NOT_NEGATIVE = ("max_grad_norm", "weight_decay", "adam_epsilon")
+_NOT_NEGATIVE = (
+    *("max_grad_norm", "weight_decay", "adam_epsilon", "warmup_steps", "eval_delay"),
+    "neftune_noise_alpha",
+)
+# Keys of Trainer that a run settles by itself, and how.
+_SETTLED = {
+    "resume_from_checkpoint": "a run goes on from its own folder: give its output_dir",
+    "optim": "the method brings its optimizer: choose it with method",
+    "optim_args": "options of the optimizer are keys of the method, or optimizer_options",
+    "optim_target_modules": "the method brings its optimizer: choose modules with target_modules",
+    "push_to_hub": "upload the folder of the adapter afterwards",
+}
+_MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config")
 _POSITIVE = ("eval_steps", "logging_steps", "save_steps")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
@@ -29,11 +42,20 @@ def check_training(given: Mapping[str, Any], rate: float) -> None:
     Raises:
         UserError: naming the first that is out of range.
     """
+    for key, instead in _SETTLED.items():
+        if given.get(key):
+            raise UserError(f"{key} is not read: {instead}")
+    for key in _MAPPINGS:
+        if given.get(key) is not None and not isinstance(given[key], Mapping):
+            raise UserError(f"{key} must be a mapping, found {given[key]!r}")
     if not 0 < rate < math.inf:
         raise UserError(f"learning_rate must be positive and finite, found {rate:g}")
     for key, least in _LEAST.items():
         if not given.get(key, least) >= least:
             raise UserError(f"{key} must be at least {least}, found {given[key]}")
+    for key in ("seed", "data_seed"):
+        if given.get(key, 0) >= 2**32:  # what numpy takes
+            raise UserError(f"{key} must be below 2**32, found {given[key]}")
     for key in _NOT_NEGATIVE:
         if not 0 <= given.get(key, 0) < math.inf:
             raise UserError(f"{key} must be finite and not negative, found {given[key]:g}")

@@ -35,6 +35,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a YAML file: {reason}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path} must hold 'key: value' lines, found {type(values).__name__}")
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path} must hold 'key: value' lines, found {found}")
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise UserError(f"{path}: the key {key!r} is not a word; expected 'key: value' lines")
+        if value is None:
+            raise UserError(f"{path}: {key!r} has no value; give it one or leave the key out")
     return values

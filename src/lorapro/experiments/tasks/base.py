@@ -333,9 +333,11 @@ def load_tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:
 
 def load_pretrained(auto_class: Any, path: str, name: str, **kwargs: Any) -> PreTrainedModel:
     """``auto_class.from_pretrained`` with one-line errors."""
+    from safetensors import SafetensorError
+
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _no_model(name, error) from error
 
 
@@ -345,6 +347,8 @@ def _no_model(name: str, error: Exception) -> UserError:
 
     models = [asset.name for asset in ASSETS.values() if asset.kind == "model"]
     reason = " ".join(str(error).split())[:160]
+    if Path(name).expanduser().exists():
+        return UserError(f"cannot load the model in {name}: {reason}")
     return UserError(
         f"no model {name!r}{nearest_hint(name, models)}: neither an asset ({', '.join(models)}) "
         f"nor a folder, nor found on the hub ({reason})"

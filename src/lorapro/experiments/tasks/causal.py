@@ -227,8 +227,16 @@ class Causal(TextFamily):
 
     def load_model(self) -> PreTrainedModel:
         """Load the language model."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+        config = load_pretrained(AutoConfig, self.model_path, self.model_name)
+        encodes = not (config.is_encoder_decoder or getattr(config, "is_decoder", False))
+        if encodes and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise UserError(
+                f"model {self.model_name!r} is an encoder ({config.model_type}), which reads a "
+                "text from both sides and does not continue it; take a causal language model"
+            )
         return load_pretrained(
             AutoModelForCausalLM, self.model_path, self.model_name, dtype=self.run.dtype
         )

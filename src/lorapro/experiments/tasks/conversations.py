@@ -51,12 +51,18 @@ def messages_of(value: Any, where: str, *, answered: bool = True) -> Messages:
         raise UserError(f"{where} holds {_short(value)}, expected a list of messages")
     messages = [_message(message, where) for message in value]
     if not answered:
-        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise UserError(f"{where} holds an answer only, expected what it is an answer to")
+        return messages
     if messages[-1]["role"] != "assistant":
         raise UserError(
-            f"{where}: the last message is {messages[-1]['role']!r}'s, expected an answer of "
+            f"{where}: the last message is {messages[-1]['role']!r}, expected an answer of "
             "'assistant' to learn from"
         )
+    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
+        raise UserError(f"{where}: the last answer is empty, so there is nothing to learn from")
     return messages
 
 
@@ -65,13 +71,29 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where} holds {_short(message)}, expected messages with role and content")
     role = message.get("role", message.get("from"))
     role = _ALIASES.get(role, role)
-    content = message.get("content", message.get("value"))
+    content = _text_of(message.get("content", message.get("value")), where)
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
     if content is None and not message.get("tool_calls"):
         raise UserError(f"{where}: a message of {role!r} has no content")
     kept = {k: v for k, v in message.items() if k not in ("from", "value") and v is not None}
     return {**kept, "role": role, "content": "" if content is None else content}
+
+
+def _text_of(content: Any, where: str) -> str | None:
+    """A message's text, also of one in parts of type text."""
+    if content is None or isinstance(content, str):
+        return content
+    content = content.tolist() if hasattr(content, "tolist") else content
+    if isinstance(content, list) and content and all(isinstance(p, Mapping) for p in content):
+        for part in content:
+            if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+                raise UserError(
+                    f"{where}: a message holds a part of type {part.get('type')!r}; this task "
+                    "reads text only"
+                )
+        return "".join(part["text"] for part in content)
+    raise UserError(f"{where}: the content of a message is {_short(content)}, expected a text")
 
 
 def _short(value: Any) -> str:

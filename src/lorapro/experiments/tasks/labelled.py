@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorapro.experiments.data import Row
+from lorapro.experiments.data import Row, require_cells
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.metrics import label_metrics
 from lorapro.experiments.tasks.base import shuffled, take
@@ -75,7 +75,11 @@ def split_labelled(
     run, name = task.run, task.data_name
     splits = task.rows(hint)
     label = task.args.label_column
+    for part in ("train", "validation", "test"):
+        require_cells(splits.get(part, ()), (label,), f"{name} ({part})")
     train = shuffled(distinct_rows(splits["train"], key, label), run.split_seed)
+    if not train:
+        raise UserError(f"no row of {name} is left: each of its texts has more than one label")
     _check_labels(Counter(str(row[label]) for row in train), label, name, hint)
     available = len(train)
     if "test" in splits:
@@ -129,6 +133,13 @@ def _cut(
         raise UserError(
             f"{name}_samples is {count}, but only {len(rows)} distinct rows of "
             f"{task.data_name} are left to cut them from"
+        )
+    counts = Counter(str(row[label]) for row in rows)
+    often = sum(n for n in counts.values() if n > 1)
+    if count >= often:
+        raise UserError(
+            f"only {often} rows of {task.data_name} have a label that another row has too: too few "
+            f"to cut {name}_samples, {count}, from"
         )
     return stratified_split(rows, label, count, task.run.split_seed)
 

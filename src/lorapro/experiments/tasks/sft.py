@@ -98,8 +98,31 @@ class Sft(Causal):
         return (args.messages_column if args.format == "messages" else args.text_column,)
 
     def rows(self, keys: str = "") -> dict[str, list[Row]]:
-        """Read the data."""
-        return super().rows(" (set format, messages_column, prompt_column, completion_column, ...)")
+        """Read the data; check every cell, by the number of its row."""
+        keys = " (set format, messages_column, prompt_column, completion_column, ...)"
+        splits = super().rows(keys)
+        for name, rows in splits.items():
+            if name in ("train", "validation", "test"):
+                where = self.data_name if len(splits) == 1 else f"{self.data_name} ({name})"
+                for number, row in enumerate(rows, 1):
+                    self._check(row, f"row {number} of {where}")
+        return splits
+
+    def _check(self, row: Row, where: str) -> None:
+        if self.args.format == "messages":
+            messages_of(row[self.args.messages_column], where)
+            return
+        for column in self.columns_used():
+            value = row[column]
+            value = value.tolist() if getattr(value, "ndim", 0) else value  # as Parquet gives it
+            if self.args.format == "prompt" and isinstance(value, list):
+                continue  # messages
+            if isinstance(value, dict | list):
+                raise UserError(
+                    f"{where} holds a {type(value).__name__} in column {column!r}, expected a text"
+                )
+            if not str(value).strip():
+                raise UserError(f"{where} has nothing in column {column!r}")
 
     def settle(self, splits: Mapping[str, list[Row]]) -> None:
         """Settle the format by the columns."""
@@ -130,16 +153,17 @@ class Sft(Causal):
         """Split, encode, pack the training examples."""
         self.left_out = 0
         train, validation, test = super(Causal, self).examples(limit)
+        total = self.left_out + len(train) + len(validation) + len(test)
+        if not (train and validation):
+            kind = "validation" if train else "training"
+            raise UserError(
+                f"no {kind} example of {self.data_name} fits into max_length "
+                f"{self.args.max_length}: {self.left_out} of {total} are longer"
+            )
         if self.left_out:
-            total = self.left_out + len(train) + len(validation) + len(test)
             self.say(
                 f"{self.left_out} of {total} examples are longer than max_length "
                 f"{self.args.max_length} tokens and left out"
-            )
-        if not validation:
-            raise UserError(
-                f"no validation example of {self.data_name} fits into max_length "
-                f"{self.args.max_length}"
             )
         return self._packed(train) if self.args.packing else train, validation, test
 

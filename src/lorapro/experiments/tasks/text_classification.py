@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorapro.experiments.data import Row, load_rows, require_columns
+from lorapro.experiments.data import Row, load_rows, require_cells, require_columns
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.options import RunOptions, option
 from lorapro.experiments.tasks.base import Examples, TaskEntry, TextFamily, load_pretrained
@@ -33,6 +33,16 @@ class TextClassificationOptions:
     label_column: str = option("label", "column of the label, found where it is clear")
     test_split: str = option("test", "split that is the test set, such as GLUE's validation")
     max_length: int = option(128, "longest sequence, in tokens", least=2)
+
+    def check(self) -> None:
+        """Refuse one column for two things."""
+        names = (self.text_column, self.second_text_column, self.label_column)
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"column {name!r} is named twice among text_column, second_text_column and "
+                    "label_column"
+                )
 
 
 def deduplicate(rows: list[Row], text: str, label: str) -> list[Row]:
@@ -92,6 +102,13 @@ class TextClassification(Labelled, TextFamily):
 
     def rows(self, keys: str = "") -> dict[str, list[Row]]:
         """Read the splits; another split than ``test`` may be the test set."""
+        splits = self._read(keys)
+        for part, rows in splits.items():
+            if part in ("train", "validation", "test"):
+                require_cells(rows, self._texts, f"{self.data_name} ({part})")
+        return splits
+
+    def _read(self, keys: str) -> dict[str, list[Row]]:
         name = self.args.test_split
         if name == "test":
             return super().rows(keys)

@@ -70,7 +70,6 @@ RUNS = [
     ({"lr": 1e-3}, "unknown config key 'lr' (did you mean 'learning_rate'?)"),
     ({"lora_alpha": 8}, "did you mean 'alpha'"),
     ({"label_column": "text"}, "column 'text' is named twice"),
-    ({"data_config": "main"}, "data_config 'main' is for data sets of the hub"),
     ({"label_column": True}, "label_column must be a text, found true"),
     ({"model": {"name": "x"}}, "model must be a text, found a mapping"),
     ({"text_column": ""}, "text_column is empty"),

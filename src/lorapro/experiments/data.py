@@ -200,8 +200,6 @@ def load_rows(
         return {"train": _read_file(opened, asset.encoding)}
     path = Path(source).expanduser()
     if path.is_file():
-        if config is not None:
-            raise UserError(f"data_config {config!r} is for data sets of the hub; {path} is a file")
         return {"train": _read_file(path, "utf-8-sig")}
     if path.is_dir():
         return _read_any_folder(path, names)

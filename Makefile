@@ -30,7 +30,7 @@ unit: $(VENV)/.dev
 
 # The documentation into site/, which opens from there without a server; a warning, a link or an anchor
 # that leads nowhere is an error. Links to other sites are listed in site/external-links.txt.
-docs: $(VENV)/.dev
+docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Build the source archive, from it the wheel, look inside; install the wheel alone, import it from there.
@@ -81,9 +81,13 @@ $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo]"
 	touch $@
 
+$(VENV)/.docs: $(INPUTS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
 $(VENV)/.dev: $(INPUTS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.docs
 
 clean:
 	rm -rf $(VENV) build dist site demo-output

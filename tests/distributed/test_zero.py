@@ -78,6 +78,11 @@ def test_gradients_are_accumulated_before_they_are_aligned(found):
         assert_same(losses, expected)
 
 
+def test_the_factors_gradients_are_summed_once(found):
+    factors = [p for n, p in model_of(**SIZES).named_parameters() if "lora_" in n]
+    assert found["sent"] == 4 * sum(p.numel() for p in factors)
+
+
 def test_half_precision_follows_float32(found):
     """ZeRO-1 in bfloat16 with float32 gradients is another class of DeepSpeed's."""
 

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 import lorapro
 from distributed.curves import BATCH, batch, model_of
+from distributed.spawned import Wire
 from distributed.trainer_runs import arguments, trained
 
 # What DeepSpeed would compile at its first use on a CPU, and does without.
@@ -78,6 +79,21 @@ def by_hand(rank, world, stage, sizes, steps=20, prepare=lambda model: model, **
     return losses
 
 
+def sent(rank, world, sizes, aligned):
+    """Bytes that all-reduces of one engine step take."""
+    model = model_of(**sizes)
+    engine = engine_of(model, config_of(2))
+    if aligned:
+        lorapro.align_gradients(engine, model)
+    ids = batch(0)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    wire = Wire()
+    with wire:
+        engine.step()
+    engine.destroy()
+    return wire.bytes["allreduce_"]
+
+
 def said(call):
     try:
         call()
@@ -129,6 +145,7 @@ def everything(rank, world, folder, sizes):
         s: by_hand(rank, world, s, sizes, 5, gradient_accumulation_steps=2) for s in (1, 2, 3)
     }
     found["bf16"] = {s: in_half(rank, world, s, sizes) for s in (1, 2, 3)}
+    found["sent"] = sent(rank, world, sizes, True) - sent(rank, world, sizes, False)
     found["refused"] = refused(rank, world, folder, sizes)
     found["trainer"] = {}
     for stage in (1, 2, 3):

@@ -251,6 +251,7 @@ def test_bad_input_is_one_line(classify, away, capsys):
             "row 1 of unseen.csv has the label 'bright'",
             ["evaluate", adapter, "--data", "unseen.csv"],
         ),
+        ("unknown config key in --against: 'rnk'", ["report", str(folder), "--against", "rnk"]),
         ("there.csv is a file", ["report", str(folder), "--figures", "there.csv"]),
         ("no data file or folder 'no.csv'", ["predict", adapter, "--data", "no.csv"]),
         ("empty.txt holds no text", ["predict", adapter, "--data", "empty.txt"]),

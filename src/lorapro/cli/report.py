@@ -63,6 +63,10 @@ def run(arguments: Sequence[str]) -> None:
         check_name("row", given.baseline, labels)
     if given.target not in (None, "full", "better"):
         check_name("row", given.target, labels)
+    if given.against is not None:
+        told = [*results.runs["config"], *results.runs["axes"]]
+        keys = sorted({str(key) for run in told if isinstance(run, dict) for key in run})
+        check_name("config key in --against:", given.against, keys)
     report = Report(results, given.measure, given.target, given.baseline, given.against)
     console = Console()
     print_tables(report, console)

@@ -82,7 +82,7 @@ RUNS = [
     ({"lr_scheduler_kwargs": "much"}, "lr_scheduler_kwargs must be a mapping, found 'much'"),
     ({"lr_scheduler_kwargs": {"powr": 1}}, "unexpected keyword argument 'powr'"),
     ({"accelerator_config": "none.json"}, "accelerator_config must be a mapping"),
-    ({"fsdp": "full_shard"}, "fsdp only works in distributed training"),
+    ({"fsdp": "full_shard"}, "fsdp is for several processes"),
     ({"torch_compile": True, "torch_compile_backend": "x"}, "not a valid DynamoBackend"),
     ({"save_strategy": "best"}, "metric_for_best_model"),
     ({"optim": "adafactor"}, "optim is not read: the method brings its optimizer"),
@@ -179,6 +179,11 @@ COMPARISONS = [
     ({"paper": {"lora": {"classificatoin": 1}}}, "did you mean 'classification'"),
     ({"paper": {"lora": {"classification": [1, 2, 3]}}}, "expected a number or [mean, sd]"),
     ({"columns": {"x": 5}}, "columns must be a mapping of mappings"),
+    ({"lr_scheduler_kwargs": {"powr": 1}}, "unexpected keyword argument 'powr'"),
+    ({"fsdp": "full_shard"}, "fsdp is for several processes"),
+    ({"data": "one.csv"}, "holds one label only"),
+    ({"data": "none.csv"}, "no data file or folder 'none.csv'"),
+    ({"rank": 400}, "rank 400 is above min(m, n)"),
     ({"title": ["x"]}, "title must be a line of text"),
 ]
 

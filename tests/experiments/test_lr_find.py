@@ -66,6 +66,7 @@ def test_bad_input(quick, tmp_path, capsys):
         ("invalid float value: 'x'", [path, "--rates", "x"]),
         ("steps must be at least 2", [path, "--steps", "1"]),
         ("unknown flag --lerning_rate", [path, "--lerning_rate", "1"]),
+        ("method 'zero-shot' trains nothing", [path, "--method", "zero-shot"]),
         ("did you mean 'lora-pro'", [path, "--method", "lora-por"]),
     ):
         assert main(["lr-find", *arguments]) == 2

@@ -169,9 +169,13 @@ def test_the_same_rows_from_every_kind_of_file(kind, sft, tmp_path):
     }
 
 
-def test_a_small_file_needs_no_further_keys(sft):
-    task = prepared(sft)
-    assert [len(p) for p in (task.train, task.validation, task.test)] == [96, 12, 12]
+@pytest.mark.parametrize(("rows", "parts"), [(40, [32, 4, 4]), (600, [480, 60, 60])])
+def test_a_small_file_needs_no_further_keys(rows, parts, sft, tmp_path):
+    write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": f"{i}?", "completion": "B."} for i in range(rows)]
+    )
+    task = prepared(sft, data=str(tmp_path / "a.jsonl"))
+    assert [len(p) for p in (task.train, task.validation, task.test)] == parts
 
 
 def test_what_is_too_long_is_left_out_and_counted(sft):

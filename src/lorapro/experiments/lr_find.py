@@ -65,6 +65,8 @@ def find_rate(
     config = from_values(dict(given))
     if steps < 2:
         raise UserError(f"steps must be at least 2, found {steps}")
+    if not config.method.adapter.trains:
+        raise UserError(f"method {config.method.name!r} trains nothing, so it has no learning rate")
     method, seed = config.method.name, config.training.seed
     folder = Path(given.get("output_dir") or f"runs/lr-find-{config.entry.name}-{method}")
     tried = sorted(rates) if rates else _around(config.method.learning_rate)

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from lorapro.experiments.config import RunConfig
     from lorapro.experiments.tasks import Family
 
-__all__ = ["add_adapter", "build_model", "check_optimizer", "count_parameters", "total_steps"]
+__all__ = [
+    "add_adapter",
+    "build_model",
+    "check_optimizer",
+    "check_positions",
+    "check_scheduler",
+    "count_parameters",
+    "total_steps",
+]
 
 
 def build_model(config: RunConfig, family: Family, *, initialize: bool = True) -> Any:

@@ -129,11 +129,19 @@ def check(comparison: Comparison, tasks: Tasks) -> Results:
 
 
 def _try(config: RunConfig, tasks: Tasks) -> None:
-    """Build a run's model, without the start's own computation, and its optimizer."""
-    from lorapro.experiments.model_building import build_model, check_optimizer
+    """Build a run's model, without the start's own computation, its optimizer and schedule."""
+    from lorapro.experiments.model_building import (
+        build_model,
+        check_optimizer,
+        check_positions,
+        check_scheduler,
+    )
 
-    model = build_model(config, tasks.of(config), initialize=False)
+    family = tasks.of(config)
+    model = build_model(config, family, initialize=False)
     check_optimizer(config, model)
+    check_scheduler(config, family)
+    check_positions(model, family)
     gc.collect()
 
 

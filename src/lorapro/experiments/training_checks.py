@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,8 @@ def check_training(given: Mapping[str, Any], rate: float) -> None:
     for key in _MAPPINGS:
         if given.get(key) is not None and not isinstance(given[key], Mapping):
             raise UserError(f"{key} must be a mapping, found {given[key]!r}")
+    if given.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UserError("fsdp is for several processes; start them with torchrun or accelerate")
     if not 0 < rate < math.inf:
         raise UserError(f"learning_rate must be positive and finite, found {rate:g}")
     for key, least in _LEAST.items():

@@ -124,6 +124,7 @@ CHATS = [
     ([{"messages": None}], "row 21 of chat.jsonl has nothing in column 'messages'"),
     ([{"messages": {"role": "user"}}], "expected a list of messages"),
     ([{"messages": "[{role: user}]"}], "row 21 of chat.jsonl holds a text"),
+    ([{"messages": SAID[1:]}], "row 21 of chat.jsonl holds an answer only"),
     ([{"messages": ASKED}], "the last message is 'user'"),
     ([{"messages": [{"content": "A?"}]}], "unknown role None"),
     ([{"messages": [{"role": "boss", "content": "A?"}]}], "unknown role 'boss'"),
@@ -137,8 +138,9 @@ CHATS = [
 ]
 LANGUAGE = [
     ({"data": "prompts.jsonl"}, "row 21 of prompts.jsonl has nothing in column 'completion'"),
-    ({"data": "texts.jsonl"}, "row 2 of texts.jsonl holds a dict in column 'text'"),
+    ({"data": "texts.jsonl"}, "row 2 of texts.jsonl holds {'a': 1} in column 'text'"),
     ({"data": "spaces.jsonl"}, "row 1 of spaces.jsonl has nothing in column 'text'"),
+    ({"data": "lists.jsonl"}, "row 1 of lists.jsonl holds [] in column 'prompt'"),
     ({"data": "other.jsonl"}, "its columns are: ask, say (set messages_column"),
     ({"task": "gsm8k", "data": "problems.jsonl"}, "row 3 of problems.jsonl has nothing in column"),
     ({"task": "gsm8k"}, "no column 'question'; its columns are: messages"),
@@ -278,6 +280,7 @@ def chats(tiny_llama, tiny_bert, tmp_path, monkeypatch):
         + [{"prompt": "A?", "completion": ""}],
         "texts": [{"text": "a b"}, {"text": {"a": 1}}],
         "spaces": [{"text": " "}] * 20,
+        "lists": [{"prompt": [], "completion": []}] * 20,
         "other": [{"ask": "A?", "say": "B."}] * 20,
         "two": [{"messages": SAID}] * 2,
         "problems": [{"question": "1+1?", "answer": "#### 2"}] * 2 + [{"question": "1+2?"}],

@@ -89,6 +89,15 @@ def test_the_loss_is_on_what_assistants_say(sft, tmp_path):
             },
             {},
         ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "A"}, {"text": "?"}]},
+                    {"role": "assistant", "content": "B."},
+                ]
+            },
+            {},
+        ),
         ({"ask": "A?", "say": "B."}, {"prompt_column": "ask", "completion_column": "say"}),
         (
             {"chat": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]},
@@ -100,6 +109,13 @@ def test_every_form_of_a_question_and_its_answer_is_one_conversation(row, keys, 
     whole, learned = written(sft, [row], tmp_path / "a.jsonl", **keys)
     assert whole == "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>\n"
     assert learned == "B.<|im_end|>"
+
+
+def test_numbers_are_texts_too(sft, tmp_path):
+    rows = [{"prompt": 3, "completion": 4.5}]
+    whole, learned = written(sft, rows, tmp_path / "a.jsonl")
+    assert whole == "<|im_start|>user\n3<|im_end|>\n<|im_start|>assistant\n4.5<|im_end|>\n"
+    assert learned == "4.5<|im_end|>"
 
 
 def test_without_template_a_completion_follows_its_prompt(sft, tmp_path):

@@ -61,6 +61,8 @@ def messages_of(value: Any, where: str, *, answered: bool = True) -> Messages:
             f"{where}: the last message is {messages[-1]['role']!r}, expected an answer of "
             "'assistant' to learn from"
         )
+    if len(messages) == 1:
+        raise UserError(f"{where} holds an answer only, expected what it is an answer to")
     if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
         raise UserError(f"{where}: the last answer is empty, so there is nothing to learn from")
     return messages

@@ -63,6 +63,12 @@ class SftOptions:
     harness_samples: int = option(0, "items of each; 0: all", least=0, learned=False)
 
 
+def _cell(value: Any) -> Any:
+    """A text, of a number too; or a list of messages, of Parquet's array too."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return str(value) if isinstance(value, int | float) else value
+
+
 class Sft(Causal):
     """Train a causal language model on conversations, on prompts and completions, or on texts.
 
@@ -113,16 +119,17 @@ class Sft(Causal):
             messages_of(row[self.args.messages_column], where)
             return
         for column in self.columns_used():
-            value = row[column]
-            value = value.tolist() if getattr(value, "ndim", 0) else value  # as Parquet gives it
-            if self.args.format == "prompt" and isinstance(value, list):
+            value = _cell(row[column])
+            if self.args.format == "prompt" and isinstance(value, list) and value:
                 continue  # messages
-            if isinstance(value, dict | list):
+            if not isinstance(value, str):
                 raise UserError(
-                    f"{where} holds a {type(value).__name__} in column {column!r}, expected a text"
+                    f"{where} holds {value!r:.60} in column {column!r}, expected a text"
                 )
-            if not str(value).strip():
+            if not value.strip():
                 raise UserError(f"{where} has nothing in column {column!r}")
+        if self.args.format == "prompt" and isinstance(_cell(row[self.args.prompt_column]), list):
+            self.messages(row, where)
 
     def settle(self, splits: Mapping[str, list[Row]]) -> None:
         """Settle the format by the columns."""
@@ -205,7 +212,7 @@ class Sft(Causal):
         if args.format == "messages":
             messages = messages_of(row[args.messages_column], where)
         else:
-            prompt, completion = row[args.prompt_column], row[args.completion_column]
+            prompt, completion = (_cell(row[c]) for c in self.columns_used())
             if isinstance(prompt, str) and not (args.chat and template):
                 return None
             if isinstance(prompt, str):
@@ -246,7 +253,7 @@ class Sft(Causal):
             return list(self.tokenizer(str(row[args.text_column]))["input_ids"])
         if args.format == "messages":
             return self._ask(messages_of(row[args.messages_column], where, answered=False))
-        prompt = row[args.prompt_column]
+        prompt = _cell(row[args.prompt_column])
         if not isinstance(prompt, str):
             return self._ask(messages_of(prompt, where, answered=False))
         if args.chat and getattr(self.tokenizer, "chat_template", None):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +13,19 @@ from distributed.spawned import spawned
 
 PAIRS = 7
 SIZES = {"rank": 3, "hidden": 16, "wide": 10}
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
+ROW = re.compile(r"\| (\w+)[^|]*\| (\d+) \| (\d+) \((\d+)\) \| ([\d,]+) \|")
+
+
+def documented():
+    """{kind: (all-reduces, {layout: all-to-alls}, bytes all-reduced)}, from the page."""
+    found = {}
+    for kind, reduces, ours, default, size in ROW.findall(PAGE.read_text(encoding="utf-8")):
+        moves = {"ours": int(ours), "default": int(default)}
+        found[kind.lower()] = int(reduces), moves, int(size.replace(",", ""))
+    return found
 
 
 def assert_same(losses, expected):
@@ -28,9 +44,14 @@ def test_ddp_is_exact_in_every_mode(tmp_path):
 def test_fsdp2_gives_the_single_curve_in_every_mode(world, layouts, tmp_path):
     expected = of_one_process(KINDS, **SIZES)
     for found in spawned(fsdp2, world, tmp_path, list(KINDS), layouts, SIZES):
-        for (kind, layout), (losses, calls, _) in found.items():
+        for (kind, layout), (losses, calls, sent) in found.items():
             assert_same(losses, expected[kind])
             assert sum(calls.values()) <= 24, (kind, layout, calls)
+            if world == 2:
+                reduces, moves, size = documented()[kind]
+                assert calls["allreduce_"] == reduces
+                assert calls.get("alltoall_base_", 0) == moves[layout]
+                assert sent["allreduce_"] == size
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -72,6 +72,12 @@ def test_a_frozen_factor_stays(found):
         assert_same(losses, expected)
 
 
+def test_the_optimizer_may_be_offloaded(found):
+    expected = single(5)
+    for losses in found["offloaded"].values():
+        assert_same(losses, expected)
+
+
 def test_gradients_are_accumulated_before_they_are_aligned(found):
     expected = single(5)
     for losses in found["accumulated"].values():

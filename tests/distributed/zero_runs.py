@@ -69,6 +69,17 @@ def in_half(rank, world, stage, sizes):
     return losses
 
 
+def offloaded(rank, world, stage, sizes):
+    model = model_of(**sizes)
+    config = config_of(stage, zero_force_ds_cpu_optimizer=False)
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    engine = engine_of(model, config)
+    lorapro.align_gradients(engine, model, damping=DAMPING)
+    losses = train(engine, rank, world, 5)
+    engine.destroy()
+    return losses
+
+
 def by_hand(rank, world, stage, sizes, steps=20, prepare=lambda model: model, **options):
     model = prepare(model_of(**sizes))
     engine = engine_of(model, config_of(stage, **options))
@@ -144,6 +155,7 @@ def everything(rank, world, folder, sizes):
     found["accumulated"] = {
         s: by_hand(rank, world, s, sizes, 5, gradient_accumulation_steps=2) for s in (1, 2, 3)
     }
+    found["offloaded"] = {s: offloaded(rank, world, s, sizes) for s in (2, 3)}
     found["bf16"] = {s: in_half(rank, world, s, sizes) for s in (1, 2, 3)}
     found["sent"] = sent(rank, world, sizes, True) - sent(rank, world, sizes, False)
     found["refused"] = refused(rank, world, folder, sizes)

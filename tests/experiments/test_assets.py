@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import sys
 import tarfile
 import zipfile
+from types import ModuleType
 
 import pytest
 
@@ -66,6 +68,11 @@ def test_only_the_files_asked_for_are_unpacked(asset, tmp_path):
     names = sorted(p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*.*"))
     assert names == ["deep/more.txt", "table.csv"]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [path.parent.name]
+
+
+def test_fetching_warns_of_nothing_where_distutils_is_imported(asset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distutils", ModuleType("distutils"))  # as DeepSpeed does
+    assert assets.fetch("tiny").name == "table.csv"
 
 
 def test_a_second_fetch_needs_no_index_and_says_nothing(asset, wheel):

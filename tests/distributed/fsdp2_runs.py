@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import lorapro
-from distributed.curves import BATCH, KINDS, batch, model_of
+from distributed.curves import KINDS, batch, curve, model_of, shard
+from distributed.spawned import said
 from distributed.trainer_runs import trained, trained_by_trl
 
 CLIP = 0.3
@@ -45,20 +45,10 @@ def accelerator_of():
 
 def losses_of(model, optimizer, rank, world, steps, data=batch, clip=None):
     """Losses of the global batch, gradients clipped."""
-    losses, size = [], BATCH // world
     assert world == 1 or all(isinstance(p, DTensor) for p in model.parameters())
-    for step in range(steps):
-        ids = data(step)[rank * size : (rank + 1) * size]
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        (clip or torch.nn.utils.clip_grad_norm_)(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        mean = loss.detach().clone()
-        if world > 1:
-            dist.all_reduce(mean)
-        losses.append(mean.item() / world)
-    return losses
+    clip = clip or torch.nn.utils.clip_grad_norm_
+    clipped = functools.partial(clip, max_norm=CLIP)
+    return curve(model, optimizer, steps, rank, world, data=data, clip=clipped)[0]
 
 
 def plain_adamw(model):
@@ -93,45 +83,29 @@ def descent(model, aligned=True):
     return optimizer
 
 
-def sharded(model, world, **options):
-    mesh = init_device_mesh("cpu", (world,))
-    placed = lorapro.distributed.shard_placement
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer, mesh=mesh, shard_placement_fn=placed, **options)
-    return fully_shard(model, mesh=mesh, shard_placement_fn=placed, **options)
-
-
 def in_half(rank, world, sizes):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = sharded(model_of(**sizes), world, mp_policy=policy)
+    model = shard(model_of(**sizes), world, mp_policy=policy)
     return losses_of(model, descent(model), rank, world, 3, lambda step: batch(0))
 
 
 def by_hand(rank, world, kind, sizes):
-    model = sharded(model_of(**sizes), world)
+    model = shard(model_of(**sizes), world)
     optimizer = lorapro.create_lorapro_optimizer(model, **KINDS[kind])
     return losses_of(model, optimizer, rank, world, 20)
-
-
-def said(call):
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def refused(rank, world, sizes):
     heard = {}
     model = model_of(**sizes)
     early = lorapro.create_lorapro_optimizer(model, lr=1e-3)
-    sharded(model, world)
+    shard(model, world)
     heard["optimizer before"] = said(lambda: losses_of(model, early, rank, world, 1))
 
     model = model_of(**sizes)
     early = plain_adamw(model)
     lorapro.align_gradients(early, model)
-    sharded(model, world)
+    shard(model, world)
     heard["hook before"] = said(lambda: losses_of(model, early, rank, world, 1))
 
     whole = FullyShardedDataParallel(

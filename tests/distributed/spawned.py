@@ -49,6 +49,15 @@ def spawned(function, world, folder, *args):
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
 
 
+def said(call):
+    """What a call is refused with; ``None`` if it is not."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 class Wire(TorchDispatchMode):
     """Counts collectives and the bytes that one process puts in."""
 

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from distributed.curves import KINDS, ddp, fsdp2, of_one_process
+from distributed.curves import KINDS, assert_same, ddp, fsdp2, of_one_process
 from distributed.spawned import spawned
 
 PAIRS = 7
@@ -26,10 +25,6 @@ def documented():
         moves = {"ours": int(ours), "default": int(default)}
         found[kind.lower()] = int(reduces), moves, int(size.replace(",", ""))
     return found
-
-
-def assert_same(losses, expected):
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_ddp_is_exact_in_every_mode(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorapro
-from distributed.curves import KINDS, batch, model_of
+from distributed.curves import KINDS, assert_same, batch, model_of
 from distributed.fsdp2_runs import descent, losses_of
 from distributed.spawned import spawned
 from distributed.trainer_runs import adapters_only
@@ -31,10 +31,6 @@ def single(kind, prepare=lambda model: model):
     model = prepare(model_of(**SIZES))
     optimizer = lorapro.create_lorapro_optimizer(model, **KINDS[kind])
     return losses_of(model, optimizer, 0, 1, 20)
-
-
-def assert_same(losses, expected, tolerance=1e-5):
-    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)

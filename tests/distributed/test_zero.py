@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lorapro
-from distributed.curves import batch, model_of
+from distributed.curves import assert_same, batch, model_of
 from distributed.spawned import spawned
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -53,10 +53,6 @@ def single(steps=20, frozen=(), optimizer_of=None, data=batch):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def assert_same(losses, expected, tolerance=1e-5):
-    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("how", ["hand", "trainer"])

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 import lorapro
 from distributed.curves import BATCH, batch, model_of
-from distributed.spawned import Wire
+from distributed.spawned import Wire, said
 from distributed.trainer_runs import arguments, trained
 
 # What DeepSpeed would compile at its first use on a CPU, and does without.
@@ -103,14 +103,6 @@ def sent(rank, world, sizes, aligned):
         engine.step()
     engine.destroy()
     return wire.bytes["allreduce_"]
-
-
-def said(call):
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def refused(rank, world, folder, sizes):

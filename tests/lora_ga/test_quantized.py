@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 import lorapro
@@ -15,8 +14,9 @@ from lorapro import lora_ga
 from lorapro.export import save_merged, save_portable
 from lorapro.factors import find_pairs
 from lorapro.lora_ga.decompose import gradient_objective
+from quantized_models import in_bits, written_out
 
-bnb = pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes")
 
 # Said by libraries about their own insides.
 pytestmark = pytest.mark.filterwarnings(
@@ -25,27 +25,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*MatMul.*:UserWarning",
     "ignore::FutureWarning:bitsandbytes",
 )
-
-
-def quantized(model, bits):
-    """Replace every linear layer but the head by its quantized twin, as transformers does."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name == "lm_head":
-            continue
-        shape = (module.in_features, module.out_features)
-        if bits == 4:
-            twin = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=torch.float32)
-            twin.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False)
-        else:
-            twin = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=0.0)
-            twin.weight = bnb.nn.Int8Params(
-                module.weight.data, requires_grad=False, has_fp16_weights=False
-            )
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, twin.to("cpu"))
-    setattr(model, f"is_loaded_in_{bits}bit", True)
-    return model.eval()
 
 
 def adapted(model):
@@ -77,7 +56,7 @@ def stored(model):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_base_gives_the_gradient_of_what_it_computes(tiny, base, bits, estimator):
     batches = tiny.batches()
-    small = quantized(base, bits)
+    small = in_bits(base, bits)
     model = adapted(copy.deepcopy(small))
     kinds = {type(m).__name__ for m in model.modules() if hasattr(m, "lora_A")}
     assert kinds == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
@@ -95,12 +74,7 @@ def test_a_quantized_base_gives_the_gradient_of_what_it_computes(tiny, base, bit
     assert all(row.relative_size > 0 for row in report.layers)
 
     # The same model with its weights written out in float32.
-    plain = copy.deepcopy(base)
-    for name, module in small.named_modules():
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-            # A copy: on a CPU PEFT's function changes an 8-bit layer.
-            W = dequantize_module_weight(copy.deepcopy(module)).detach().float()
-            plain.get_submodule(name).weight.data.copy_(W)
+    plain = written_out(base, small)
     for pair in find_pairs(model).pairs:
         name = pair.name.removeprefix("base_model.model.")
         G = tiny.gradient(plain, f"{name}.weight", batches).double()
@@ -112,7 +86,7 @@ def test_a_quantized_base_gives_the_gradient_of_what_it_computes(tiny, base, bit
 def test_4_bit_weights_repacked_for_inference_still_give_gradients(tiny, base):
     """After a forward pass in evaluation mode bitsandbytes' kernel has no backward pass."""
     batches = tiny.batches()
-    small = quantized(base, 4)
+    small = in_bits(base, 4)
     fresh, used = adapted(copy.deepcopy(small)), adapted(copy.deepcopy(small))
     with torch.no_grad():
         before = used.eval()(**batches[0]).logits
@@ -128,7 +102,7 @@ def test_4_bit_weights_repacked_for_inference_still_give_gradients(tiny, base):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_4_bit_train_export_and_reload(tiny, base, optimizer, tmp_path):
     batches = tiny.batches()
-    small = quantized(base, 4)
+    small = in_bits(base, 4)
     model = adapted(copy.deepcopy(small))
     lora_ga.initialize(model, batches, estimator="sketch", base="frozen")
     start = logits(model, batches[0])

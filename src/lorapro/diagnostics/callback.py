@@ -10,10 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from lorapro.choices import check_choice
 from lorapro.diagnostics.following import FILE, Follower, check_every
 from lorapro.diagnostics.records import summary
-from lorapro.functional import X_CHOICES
 
 __all__ = ["AlignmentCallback"]
 
@@ -30,7 +28,6 @@ class AlignmentCallback(TrainerCallback):
     Args:
         every: measure step 1 and every ``every``-th.
         path: another file to write; default ``diagnostics.jsonl`` in ``args.output_dir``.
-        x: see :func:`lorapro.diagnostics.measure`.
         adapter: pairs of this adapter only.
         layers: regular expression; only pairs whose name it finds something in.
 
@@ -48,14 +45,12 @@ class AlignmentCallback(TrainerCallback):
         every: int = 10,
         path: str | os.PathLike[str] | None = None,
         *,
-        x: str = "sylvester",
         adapter: str | None = None,
         layers: str | None = None,
     ) -> None:
         check_every(every)
-        check_choice("x", x, X_CHOICES)
         self.every, self.path = every, path
-        self._options = {"x": x, "adapter": adapter, "layers": layers}
+        self._options = {"adapter": adapter, "layers": layers}
         self._follower: Follower | None = None
         self._pending: dict[str, float] = {}
 
@@ -72,7 +67,7 @@ class AlignmentCallback(TrainerCallback):
             micro_batches=args.gradient_accumulation_steps,
             steps=state.global_step,
             listen=args.n_gpu <= 1,  # DataParallel's replicas run at the same time
-            **self._options,  # type: ignore[arg-type]
+            **self._options,
         )
         _come_first(self, sys._getframe(1).f_locals.get("self"))
 

@@ -11,11 +11,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lorapro.choices import check_choice
 from lorapro.diagnostics.measuring import Snapshot
 from lorapro.diagnostics.records import PairRecord, to_line
-from lorapro.diagnostics.watching import Watch, chosen_pairs, unwrapped
-from lorapro.functional import X_CHOICES
+from lorapro.diagnostics.watching import Plan, Watch, unwrapped
 
 __all__ = ["FILE", "Follower", "follow"]
 
@@ -29,7 +27,6 @@ class Follower:
         model: a PEFT model.
         every: measure step 1 and every ``every``-th.
         path: JSONL file that gets one line a pair; appended to.
-        x: see :func:`lorapro.diagnostics.measure`.
         micro_batches: see :func:`lorapro.diagnostics.watch`.
         adapter: see :func:`lorapro.diagnostics.watch`.
         layers: see :func:`lorapro.diagnostics.watch`.
@@ -50,7 +47,6 @@ class Follower:
         every: int = 10,
         path: str | os.PathLike[str] | None = None,
         *,
-        x: str = "sylvester",
         micro_batches: int = 1,
         adapter: str | None = None,
         layers: str | None = None,
@@ -58,17 +54,12 @@ class Follower:
         listen: bool = True,
     ) -> None:
         check_every(every)
-        check_choice("x", x, X_CHOICES)
-        self.model, self.every, self.x, self.steps = unwrapped(model), every, x, steps
+        self.model, self.every, self.steps = unwrapped(model), every, steps
         self.path = None if path is None else Path(path)
         self.records: list[PairRecord] = []
-        chosen_pairs(self.model, adapter, layers)
-        self._options: dict[str, Any] = {
-            "micro_batches": micro_batches,
-            "adapter": adapter,
-            "layers": layers,
-            "listen": listen,
-        }
+        self._plan = Plan(self.model, adapter, layers)
+        self._chosen = (adapter, layers)
+        self._options: dict[str, Any] = {"micro_batches": micro_batches, "listen": listen}
         self._watch: Watch | None = None
         self._snapshot: Snapshot | None = None
 
@@ -76,13 +67,15 @@ class Follower:
         """Listen, if the coming step is to be measured."""
         coming = self.steps + 1
         if self._watch is None and (coming == 1 or coming % self.every == 0):
-            self._watch = Watch(self.model, **self._options)
+            if not self._plan.holds():
+                self._plan = Plan(self.model, *self._chosen)
+            self._watch = Watch(self.model, self._plan, **self._options)
 
     def before_step(self) -> None:
         """Measure, if this step is to be."""
         if self._watch is not None:
             try:
-                self._snapshot = Snapshot.take(self.model, self.steps + 1, self.x)
+                self._snapshot = Snapshot.take(self.model, self.steps + 1)
             finally:
                 self.stop()
 
@@ -130,7 +123,7 @@ def follow(
         every: measure step 1 and every ``every``-th.
         path: JSONL file that gets one line a pair, ``diagnostics.jsonl`` for ``lorapro report``.
         on_records: called with the records of each measured step, after the step.
-        options: ``x``, ``micro_batches``, ``adapter``, ``layers``, ``steps`` (done already), see
+        options: ``micro_batches``, ``adapter``, ``layers``, ``steps`` (done already), see
             :class:`Follower`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Every number of :class:`PairRecord` but ``‖g‖``, from the factors and their gradients.
+"""Every number of :class:`PairRecord` but ``‖g‖``, from Gram matrices of factors and gradients.
 
 For any directions (d_A, d_B) with equivalent gradient ``g̃ = s·B·d_A + s·d_B·A``::
 
@@ -6,11 +6,12 @@ For any directions (d_A, d_B) with equivalent gradient ``g̃ = s·B·d_A + s·d_
     ⟨g̃, g⟩ = ⟨grad_A, d_A⟩ + ⟨grad_B, d_B⟩
     ‖g̃ − g‖² = ‖g̃‖² − 2⟨g̃, g⟩ + ‖g‖²
 
-LoRA's own are (grad_A, grad_B), where ``⟨g̃, g⟩ = ‖grad_A‖² + ‖grad_B‖²``; the aligned ones come
-from ``lorapro.functional.align``, where ``⟨g̃, g⟩ = ‖g̃‖²``. Pairs of one shape are one batch, in
-float64.
+LoRA's own are (grad_A, grad_B). The aligned ones are those of ``lorapro.functional.align`` with
+``X = 0``, since no X changes g̃: ``d_A = s⁻² S_B⁻¹ grad_A``, ``d_B = s⁻² (grad_B − B·Y)·S_A⁻¹``
+with ``Y = S_B⁻¹·grad_A·Aᵀ``. They are never formed: their Gram matrices follow from those of the
+factors and their gradients. Pairs of one shape are one batch.
 
-Shapes: A (p, k, r, n), B (p, k, m, r) for p pairs of k blocks.
+Shapes: p pairs of k blocks; A (p, k, r, n), B (p, k, m, r), Gram matrices (p·k, r, r) in float64.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, bmm, nn
 
-from lorapro.choices import check_choice
 from lorapro.diagnostics.records import PairRecord
 from lorapro.diagnostics.watching import Watch, chosen_pairs, unwrapped, watch_of
 from lorapro.factors import LoraPair
-from lorapro.functional import X_CHOICES, align
+from lorapro.gram import inner, inverses
 
 __all__ = ["Snapshot", "measure"]
 
@@ -39,7 +39,6 @@ def measure(
     model: nn.Module,
     *,
     step: int | None = None,
-    x: str = "sylvester",
     adapter: str | None = None,
     layers: str | None = None,
 ) -> list[PairRecord]:
@@ -53,8 +52,6 @@ def measure(
     Args:
         model: a PEFT model whose pairs have gradients.
         step: number of the step, for the records.
-        x: how the aligned step is shared between A and B; no measured number depends on it but for
-            rounding.
         adapter: pairs of this adapter only; ``None``: what is watched, or all.
         layers: regular expression for names of pairs; ``None``: what is watched, or all.
 
@@ -65,57 +62,90 @@ def measure(
         ValueError: no pair, no gradient at all, sharded factors, or more backward passes than the
             watch was told of.
     """
-    return _measured(model, step, x, adapter, layers)[1]
+    return _measured(model, step, adapter, layers)[1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one shape at one moment: copies, in float32 at least; ``None`` without gradient."""
+
+    members: list[int]
+    pairs: list[LoraPair]
+    A: Tensor
+    B: Tensor
+    grad_A: Tensor | None
+    grad_B: Tensor | None
+
+    @classmethod
+    def of(cls, members: list[int], pairs: list[LoraPair]) -> Batch:
+        """Read the pairs."""
+        A, B = _stacked(pairs)
+        has_A, has_B = (t.grad is not None for t in (pairs[0].A, pairs[0].B))
+        grad_A, grad_B = _stacked(pairs, gradients=True)
+        return cls(members, pairs, A, B, grad_A if has_A else None, grad_B if has_B else None)
+
+    def decrease(self) -> Tensor:
+        """``−⟨grad_A, ΔA⟩ − ⟨grad_B, ΔB⟩`` since then, (p,)."""
+        A, B = _stacked(self.pairs)
+        total = torch.zeros(len(self.pairs), dtype=torch.float64, device=A.device)
+        for now, before, grad in ((A, self.A, self.grad_A), (B, self.B, self.grad_B)):
+            if grad is not None:
+                total -= now.sub_(before).mul_(grad).sum((-3, -2, -1), dtype=torch.float64)
+        return total
+
+
+def _stacked(pairs: Sequence[LoraPair], gradients: bool = False) -> tuple[Tensor, Tensor]:
+    seen = []
+    for p in pairs:
+        A, B = p.A.detach(), p.B.detach()
+        if gradients:
+            A, B = (t if g is None else g for t, g in ((A, p.A.grad), (B, p.B.grad)))
+        seen.append(p.matrices(A, B))
+    A, B = (torch.stack(of) for of in zip(*seen, strict=True))
+    return _at_least_float32(A), _at_least_float32(B)
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 class Snapshot:
     """What was measured before a step, and the factors to see by what the step decreased."""
 
-    def __init__(self, pairs: Sequence[LoraPair], records: list[PairRecord]) -> None:
-        self.pairs, self.records = pairs, records
-        self._before = [[_copy(t) for t in (p.A, p.B, p.A.grad, p.B.grad)] for p in pairs]
+    def __init__(self, batches: Sequence[Batch], records: list[PairRecord]) -> None:
+        self.records = records
+        self._batches = batches
 
     @classmethod
-    def take(cls, model: nn.Module, step: int | None, x: str = "sylvester") -> Snapshot:
+    def take(cls, model: nn.Module, step: int | None) -> Snapshot:
         """See :func:`measure`."""
-        return cls(*_measured(model, step, x, None, None))
+        return cls(*_measured(model, step, None, None))
 
     @torch.no_grad()
     def after_step(self) -> list[PairRecord]:
         """The records with ``realised_decrease``, once the optimizer has stepped."""
-        decreases = []
-        for pair, (A, B, grad_A, grad_B) in zip(self.pairs, self._before, strict=True):
-            total = torch.zeros((), dtype=torch.float64, device=pair.A.device)
-            for now, before, grad in ((pair.A, A, grad_A), (pair.B, B, grad_B)):
-                if grad is not None and before is not None:
-                    total -= ((now.detach().double() - before.double()) * grad.double()).sum()
-            decreases.append(total)
-        return [
-            replace(record, realised_decrease=value)
-            for record, value in zip(self.records, torch.stack(decreases).tolist(), strict=True)
-        ]
+        records = list(self.records)
+        for batch in self._batches:
+            for i, value in zip(batch.members, batch.decrease().tolist(), strict=True):
+                records[i] = replace(records[i], realised_decrease=value)
+        return records
 
 
 def _measured(
-    model: nn.Module, step: int | None, x: str, adapter: str | None, layers: str | None
-) -> tuple[Sequence[LoraPair], list[PairRecord]]:
-    check_choice("x", x, X_CHOICES)
+    model: nn.Module, step: int | None, adapter: str | None, layers: str | None
+) -> tuple[list[Batch], list[PairRecord]]:
     watching = watch_of(model)
     if watching is not None and adapter is None and layers is None:
         pairs = watching.pairs
     else:
         pairs = chosen_pairs(unwrapped(model), adapter, layers)
     _check(pairs)
-    values = _values(pairs, watching, x)
+    batches, values = _values(pairs, watching)
     records = [_record(p, step, v) for p, v in zip(pairs, values, strict=True)]
     unknown = [r.name for r in records if math.isnan(r.gradient_norm)]
     if watching is not None and unknown:
         _say_unknown(unknown, len(records))
-    return pairs, records
-
-
-def _copy(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().clone()
+    return batches, records
 
 
 def _check(pairs: Sequence[LoraPair]) -> None:
@@ -147,21 +177,22 @@ def _say_unknown(names: Sequence[str], of: int) -> None:
 
 
 @torch.no_grad()
-def _values(pairs: Sequence[LoraPair], watching: Watch | None, x: str) -> list[list[float]]:
-    """The numbers of every pair, one list a pair, read from the device once."""
-    batches: dict[Any, list[int]] = {}
+def _values(
+    pairs: Sequence[LoraPair], watching: Watch | None
+) -> tuple[list[Batch], list[list[float]]]:
+    """The numbers of every pair, one list a pair, read from the device once a shape."""
+    alike: dict[Any, list[int]] = {}
     for i, p in enumerate(pairs):
         given = (p.A.grad is not None, p.B.grad is not None)
         key = (p.layout, p.blocks, p.A.shape, p.B.shape, p.A.dtype, p.B.dtype, p.A.device, given)
-        batches.setdefault(key, []).append(i)
+        alike.setdefault(key, []).append(i)
     rows: list[list[float]] = [[] for _ in pairs]
-    for members in batches.values():
-        chosen = [pairs[i] for i in members]
-        norms = [_gradient_norm(p, watching) for p in chosen]
-        numbers = _batch(chosen, torch.stack(norms), x)
-        for i, row in zip(members, numbers.tolist(), strict=True):
+    batches = [Batch.of(members, [pairs[i] for i in members]) for members in alike.values()]
+    for batch in batches:
+        g = torch.stack([_gradient_norm(p, watching) for p in batch.pairs]).double()
+        for i, row in zip(batch.members, _numbers(batch, g).tolist(), strict=True):
             rows[i] = row
-    return rows
+    return batches, rows
 
 
 def _gradient_norm(pair: LoraPair, watching: Watch | None) -> Tensor:
@@ -173,59 +204,71 @@ def _gradient_norm(pair: LoraPair, watching: Watch | None) -> Tensor:
     return norm.to(pair.A.device)
 
 
-def _batch(pairs: Sequence[LoraPair], g: Tensor, x: str) -> Tensor:
-    """(p, 9) numbers of pairs of one shape, in the order of :func:`_record`."""
-    stacked = [[p.matrices(*_with(p, t)) for p in pairs] for t in ("factors", "gradients")]
-    (A, B), (grad_A, grad_B) = (
-        (torch.stack([a for a, _ in s]).double(), torch.stack([b for _, b in s]).double())
-        for s in stacked
+def _numbers(of: Batch, g: Tensor) -> Tensor:
+    """(p, 10) numbers of pairs of one shape, in the order of :func:`_record`."""
+    A, B = [of.A.flatten(0, 1)], [of.B.mT.flatten(0, 1)]
+    S_A, S_B = inner((A, A), (B, B)).chunk(2)
+    nothing = torch.zeros_like(S_A)
+    G_A = K_A = G_B = K_B = nothing
+    if of.grad_A is not None:
+        grad_A = [of.grad_A.flatten(0, 1)]
+        G_A, K_A = inner((grad_A, grad_A, A)).chunk(2)
+    if of.grad_B is not None:
+        grad_B = [of.grad_B.mT.flatten(0, 1)]
+        G_B, K_B = inner((grad_B, grad_B, B)).chunk(2)
+        K_B = K_B.mT
+    p, k = of.A.shape[:2]
+    s = torch.tensor([q.scaling for q in of.pairs], dtype=torch.float64, device=g.device)
+    squares = s.square().repeat_interleave(k)[:, None, None]
+
+    def norm_and_inner(*grams: Tensor) -> tuple[Tensor, Tensor]:
+        """``‖g̃‖²`` and ``⟨g̃, g⟩`` from d_A·d_Aᵀ, d_Bᵀ·d_B, Bᵀ·d_B, d_A·Aᵀ and the last two."""
+        of_A, of_B, across_B, across_A, along_A, along_B = grams
+        square = squares * (S_B * of_A + S_A * of_B + 2 * across_B * across_A)
+        total = torch.stack([square, along_A + along_B]).sum((-2, -1))
+        square, along = total.reshape(2, p, k).sum(-1)
+        return square, along
+
+    eye = torch.eye(S_A.shape[-1], dtype=S_A.dtype, device=S_A.device)
+    lora = norm_and_inner(G_A, G_B, K_B, K_A, eye * G_A, eye * G_B)
+
+    inv_A, inv_B = (i.full / squares for i in inverses((S_A, S_B), of.A.dtype))
+    # Without one of the gradients the other direction alone solves the problem: Y = 0.
+    both = of.grad_A is not None and of.grad_B is not None
+    Y = squares * bmm(inv_B, K_A) if both else nothing
+    YK = bmm(Y.mT, K_B)
+    left = G_B - YK - YK.mT + bmm(Y.mT, bmm(S_B, Y))  # of grad_B − B·Y
+    aligned = norm_and_inner(
+        bmm(inv_B, bmm(G_A, inv_B)),
+        bmm(inv_A, bmm(left, inv_A)),
+        bmm(K_B - bmm(S_B, Y), inv_A),
+        bmm(inv_B, K_A),
+        inv_B * G_A,
+        inv_A * (G_B - YK),
     )
-    s = torch.tensor([p.scaling for p in pairs], dtype=torch.float64, device=A.device)[:, None]
-    has_A, has_B = pairs[0].A.grad is not None, pairs[0].B.grad is not None
-    d_A, d_B = align(A, B, grad_A if has_A else None, grad_B if has_B else None, s, x=x)
-    d_A = torch.zeros_like(A) if d_A is None else d_A
-    d_B = torch.zeros_like(B) if d_B is None else d_B
-    rank_A, condition_A = _spectrum(A, pairs[0].A.dtype)
-    rank_B, condition_B = _spectrum(B.mT, pairs[0].B.dtype)
+    (rank_A, condition_A), (rank_B, condition_B) = (
+        _spectrum(X, S, t.dtype, k)
+        for X, S, t in ((A[0], S_A, of.pairs[0].A), (B[0], S_B, of.pairs[0].B))
+    )
     columns = [rank_A, rank_B, condition_A, condition_B, g]
-    for e_A, e_B in ((grad_A, grad_B), (d_A, d_B)):
-        square = (s.square() * _equivalent_square(A, B, e_A, e_B)).sum(-1)
-        inner = ((grad_A * e_A).sum((-3, -2, -1))) + ((grad_B * e_B).sum((-3, -2, -1)))
-        distance = (square - 2 * inner + g.square()).clamp_min(0.0).sqrt()
+    for square, along in (lora, aligned):
+        distance = (square - 2 * along + g.square()).clamp_min(0.0).sqrt()
         columns += [square.clamp_min(0.0).sqrt(), distance]
-    return torch.stack([*columns, inner], dim=-1)
+    return torch.stack([*columns, aligned[1]], dim=-1)
 
 
-def _with(pair: LoraPair, what: str) -> tuple[Tensor, Tensor]:
-    A, B = pair.A.detach(), pair.B.detach()
-    if what == "factors":
-        return A, B
-    return (
-        torch.zeros_like(A) if pair.A.grad is None else pair.A.grad,
-        torch.zeros_like(B) if pair.B.grad is None else pair.B.grad,
-    )
-
-
-def _equivalent_square(A: Tensor, B: Tensor, d_A: Tensor, d_B: Tensor) -> Tensor:
-    """``‖B·d_A + d_B·A‖²``, (...)."""
-    left = ((B.mT @ B) * (d_A @ d_A.mT)).sum((-2, -1))
-    right = ((A @ A.mT) * (d_B.mT @ d_B)).sum((-2, -1))
-    return left + right + 2 * ((B.mT @ d_B) * (d_A @ A.mT)).sum((-2, -1))
-
-
-def _spectrum(M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Numerical rank and condition of (p, k, r, n); of several blocks the worst."""
+def _spectrum(X: Tensor, S: Tensor, dtype: torch.dtype, k: int) -> tuple[Tensor, Tensor]:
+    """Numerical rank and condition of rows (p·k, r, n) with Gram matrix S; the worst of k."""
     work = torch.promote_types(dtype, torch.float32)
-    if work == torch.float64 or M.shape[-2] > M.shape[-1]:
-        sigma = torch.linalg.svdvals(M)
+    if work == torch.float64 or X.shape[-2] > X.shape[-1]:
+        sigma = torch.linalg.svdvals(X)
     else:  # the squares of a float32 factor fit into float64
-        sigma = torch.linalg.eigvalsh(M @ M.mT).flip(-1).clamp_min(0.0).sqrt()
+        sigma = torch.linalg.eigvalsh(S).flip(-1).clamp_min(0.0).sqrt()
     largest = sigma[..., :1]
-    floor = largest * max(M.shape[-2:]) * torch.finfo(work).eps
+    floor = largest * max(X.shape[-2:]) * torch.finfo(work).eps
     kept = sigma > floor
-    full = kept.all(-1)
-    condition = torch.where(full, largest[..., 0] / sigma[..., -1], torch.inf)
-    return kept.sum(-1).amin(-1).double(), condition.amax(-1)
+    condition = torch.where(kept.all(-1), largest[..., 0] / sigma[..., -1], torch.inf)
+    return kept.sum(-1).reshape(-1, k).amin(-1).double(), condition.reshape(-1, k).amax(-1)
 
 
 def _record(pair: LoraPair, step: int | None, v: Sequence[float]) -> PairRecord:

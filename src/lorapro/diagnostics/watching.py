@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorapro.diagnostics.norms import SquaredNorms
 from lorapro.factors import LoraPair, adapters_of, find_pairs, is_tuner_layer
+from lorapro.live import Places
 from lorapro.lora_ga.capture import Tap
 from lorapro.lora_ga.geometry import rows_of
 
@@ -103,16 +104,46 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return x, delta
 
 
+class Plan:
+    """The pairs of a model and where each is listened to; made again only once the model changed.
+
+    Args:
+        model: a PEFT model.
+        adapter: see :func:`watch`.
+        layers: see :func:`watch`.
+
+    Raises:
+        ValueError: no such pair.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str | None, layers: str | None) -> None:
+        self.pairs = chosen_pairs(model, adapter, layers)
+        self.places = _places(model)
+        self._factors = [t for p in self.pairs for t in (p.A, p.B)]
+        self._trained = [t.requires_grad for t in self._factors]
+        self._now = Places(model, self._factors)
+
+    def holds(self) -> bool:
+        """Whether the model trains the same factors at the same scalings."""
+        now = self._now
+        if set(getattr(now.model, "peft_config", ())) != now.adapters:
+            return False
+        for i, (factor, trained) in enumerate(zip(self._factors, self._trained, strict=True)):
+            if now.now(i) is not factor or factor.requires_grad != trained:
+                return False
+        live = [(p.live, p.scaling) for p in self.pairs if p.live is not None]
+        return all(x.scalings.get(x.key) == s and x.key not in x.merged for x, s in live)
+
+
 class Watch:
     """Listens to the adapters of a model until :meth:`remove`; see :func:`watch`."""
 
     def __init__(
         self,
         model: nn.Module,
+        plan: Plan,
         *,
         micro_batches: int = 1,
-        adapter: str | None = None,
-        layers: str | None = None,
         listen: bool = True,
     ) -> None:
         if not isinstance(micro_batches, int) or micro_batches < 1:
@@ -120,8 +151,8 @@ class Watch:
         self.model = unwrapped(model)
         if self.model in _WATCHES:
             raise ValueError("the model is watched already; leave the other watch first.")
-        self.adapter, self.layers = adapter, layers
-        self.pairs = chosen_pairs(self.model, adapter, layers)
+        self.pairs, self._places = plan.pairs, plan.places
+        self._anchors: dict[torch.device, Tensor] = {}
         self._gradients: dict[int, WeightGradient] = {}
         self._last: dict[int, Tensor] = {}  # norm of a factor's .grad when it was complete
         self._handles: list[Any] = []
@@ -130,9 +161,9 @@ class Watch:
         _WATCHES[self.model] = self
 
     def _install(self, once: bool) -> None:
-        places, norms = _places(self.model), SquaredNorms()
+        norms = SquaredNorms()
         for pair in self.pairs:
-            found = places.get(id(pair.A), [])
+            found = self._places.get(id(pair.A), [])
             if not found or pair.layout != "matrix":
                 continue  # experts and grouped convolutions have no call of their own
             alone = once and len(found) == 1
@@ -145,7 +176,7 @@ class Watch:
 
     def _note(self, factor: Tensor) -> None:
         if factor.grad is not None:
-            self._last[id(factor)] = factor.grad.detach().norm(dtype=torch.float64)
+            self._last[id(factor)] = _norm(factor.grad)
 
     def _listen(self, kind: str, module: Any, first: Any, last: Any, sink: WeightGradient) -> None:
         seen: list[Tensor] = []
@@ -160,14 +191,18 @@ class Watch:
             x = args[0] if kind == "embedding" else seen.pop()
             if torch._C._current_graph_task_id() == -1:  # not a recomputation of a checkpoint
                 sink.calls += 1
-            anchor = torch.zeros((), device=out.device, requires_grad=True)
-            return Tap.apply(out, x.detach(), anchor, sink)
+            return Tap.apply(out, x.detach(), self._anchor(out.device), sink)
 
         if kind == "embedding":
             self._handles.append(module.register_forward_hook(leave))
         else:
             self._handles.append(first.register_forward_pre_hook(enter))
             self._handles.append(last.register_forward_hook(leave))
+
+    def _anchor(self, device: torch.device) -> Tensor:
+        if device not in self._anchors:
+            self._anchors[device] = torch.zeros((), device=device, requires_grad=True)
+        return self._anchors[device]
 
     def gradient_norm(self, pair: LoraPair) -> Tensor | None:
         """``‖g‖`` of a pair in units of its ``.grad`` as it stands now; ``None`` if not known.
@@ -194,7 +229,7 @@ class Watch:
         # A Linear's δ is behind B: s·δ. An embedding's is that of the layer's output.
         scale = 1.0 if sink.kind == "embedding" else 1.0 / pair.scaling
         # Clipping and unscaling multiply every .grad after the backward pass.
-        ratio = now.detach().norm(dtype=torch.float64) / before
+        ratio = _norm(now) / before
         return square.sqrt() * scale * torch.where(before > 0, ratio, 1.0)
 
     def remove(self) -> None:
@@ -204,6 +239,11 @@ class Watch:
         self._handles.clear()
         self._gradients.clear()
         _WATCHES.pop(self.model, None)
+
+
+def _norm(grad: Tensor) -> Tensor:
+    work = torch.promote_types(grad.dtype, torch.float32)
+    return torch.linalg.vector_norm(grad.detach(), dtype=work)
 
 
 def _several_processes() -> bool:
@@ -249,13 +289,14 @@ def watch(
     >>> all(r.aligned_distance < r.gradient_norm for r in records)
     True
     """
-    for pair in chosen_pairs(unwrapped(model), adapter, layers):
+    plan = Plan(unwrapped(model), adapter, layers)
+    for pair in plan.pairs:
         if any(p.grad is not None and p.grad.any() for p in (pair.A, pair.B)):
             raise ValueError(
                 f"{pair.name} holds gradients already, whose inputs were not seen; call "
                 "optimizer.zero_grad() before, and watch from the first micro-batch on."
             )
-    watching = Watch(model, micro_batches=micro_batches, adapter=adapter, layers=layers)
+    watching = Watch(model, plan, micro_batches=micro_batches)
     try:
         yield watching
     finally:

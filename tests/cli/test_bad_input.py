@@ -339,6 +339,7 @@ def test_files_that_are_no_configs(place, tmp_path, capsys):
     (tmp_path / "number.yaml").write_text("1: 2\n")
     (tmp_path / "object.yaml").write_text("task: !!python/object/apply:os.getcwd []\n")
     (tmp_path / "c.yaml").write_text("methods: {lora: 1.0e-3}\n")
+    (tmp_path / "methods.yaml").write_text("method: lora\nmax_steps: 1\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "c.yaml").write_text("methods: {lora: 1.0e-3}\n")
     for arguments, message in (
@@ -356,5 +357,9 @@ def test_files_that_are_no_configs(place, tmp_path, capsys):
         (["train", "--task"], "expected one argument"),
         (["compare", "c.yaml", "sub/c.yaml"], "two recipes are called 'c'"),
         (["compare"], "needs a config file"),
+        (["train"], "lorapro train --task sft --data chat.jsonl"),
+        (["train", "--method", "lora"], "no task is given"),
+        (["train", "methods.yaml"], "no task is given"),
+        (["lr-find"], "lorapro lr-find --task sft --data chat.jsonl"),
     ):
         check(capsys, tmp_path, arguments, message)

@@ -7,12 +7,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from lorapro.experiments.errors import UserError, nearest_hint
 
-__all__ = ["Parser", "config_help", "quiet_libraries", "report_line"]
+__all__ = ["Parser", "check_task", "config_help", "quiet_libraries", "report_line"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +41,19 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
+def check_task(given: Mapping[str, Any], command: str) -> None:
+    """Refuse to train on what nobody asked for.
+
+    Raises:
+        UserError: what to type.
+    """
+    if "task" not in given:
+        raise UserError(
+            f"no task is given; for conversations: lorapro {command} --task sft --data chat.jsonl, "
+            "for labels: --task classification --data rows.csv; 'lorapro train --help' lists all"
+        )
+
+
 def config_help() -> str:
     """Return one line for each of our config keys, by who reads it."""
     import dataclasses
@@ -51,6 +64,8 @@ def config_help() -> str:
     sections: dict[str, list[type]] = {"of every run": [RunOptions]}
     for name, family in tasks.FAMILIES.items():
         names = [entry.name for entry in tasks.TASKS.values() if entry.family == name]
+        if not names:
+            continue  # only the base of others
         sections[f"of tasks {', '.join(names)}"] = [family.options]
     sections["of methods"] = methods.option_classes()
     lines, seen = ["config keys, in YAML or as flags:"], set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lorapro.cli.common import Parser, config_help, quiet_libraries
+from lorapro.cli.common import Parser, check_task, config_help, quiet_libraries
 from lorapro.experiments.errors import UserError
 
 __all__ = ["run"]
@@ -50,6 +50,7 @@ def run(arguments: Sequence[str]) -> None:
     from lorapro.experiments.yaml_file import read_yaml
 
     values = parse_values({} if path is None else read_yaml(path), flags)
+    check_task(values, "lr-find")
     console = Console(stderr=True)
     found = find_rate(values, steps=known.steps, rates=known.rates, console=console)
     for rate, loss in found["losses"].items():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorapro.cli.common import Parser, config_help, quiet_libraries, report_line
+from lorapro.cli.common import Parser, check_task, config_help, quiet_libraries, report_line
 
 __all__ = ["run"]
 
@@ -31,6 +31,7 @@ def run(arguments: Sequence[str]) -> None:
     from lorapro.experiments.runner import run as run_config
 
     config = load_config(path, flags)
+    check_task(config.given, "train")
     result = run_config(config, log=report_line)
     if result["status"] != "finished":
         print(f"{result['status']} after {result['steps']} steps")

@@ -64,7 +64,9 @@ class NoOptions:
 class RunOptions:
     """Keys of every run; all the others belong to its task, its method or to Trainer."""
 
-    task: str = option("tweets", "what to train on, see the catalogue of tasks")
+    task: str = option(
+        "tweets", "what to train on, one of the tasks below; the command asks for it"
+    )
     method: str = option("lora-pro", "how to train, see the catalogue of methods")
     model: str | None = option(None, "asset, hub id or folder; default: the task's own")
     dtype: Literal["float32", "bfloat16", "float16"] = option(

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
 import pytest
 
 from experiments.tiny_models import write_yaml
+from lorapro.cli.common import quiet_libraries
 from lorapro.cli.main import COMMANDS, main
 from lorapro.diagnostics import read_records
 
@@ -183,3 +185,16 @@ def test_a_missing_library_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setitem(sys.modules, "rich", None)
     assert "pip install 'lorapro[experiments]'" in error_of(capsys, "compare", "c.yaml")
+
+
+def test_what_deepspeed_says_of_itself_stays_out_of_the_output(capsys):
+    quiet_libraries()
+    logger, handler = logging.getLogger("DeepSpeed"), logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    try:
+        logger.warning("Setting accelerator to CPU.")
+        assert capsys.readouterr().out == ""
+        logger.error("broken")
+        assert "broken" in capsys.readouterr().out
+    finally:
+        logger.removeHandler(handler)

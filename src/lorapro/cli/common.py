@@ -92,6 +92,8 @@ def config_help() -> str:
 def quiet_libraries() -> None:
     """Silence what libraries say about their own insides; our own output stays readable."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while being imported
+    # It says on standard output, amid results, which device it found.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
     from transformers.utils import logging as transformers_logging
@@ -100,6 +102,10 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=transformers.__name__)
     warnings.filterwarnings("ignore", category=FutureWarning, module="peft")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def report_line(text: str) -> None:

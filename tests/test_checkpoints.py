@@ -160,12 +160,15 @@ class Trap:
         return os.mkdir, (str(Trap.folder),)
 
 
-def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path):
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "adapter_model.bin"])
+def test_a_pickle_in_a_checkpoint_is_never_run(name, tmp_path):
     build(tmp_path, save_steps=6).train()
     Trap.folder = tmp_path / "sprung"
     checkpoint = tmp_path / "checkpoint-6"
-    torch.save({"state": {}, "param_groups": Trap()}, checkpoint / "optimizer.pt")
-    assert zipfile.is_zipfile(checkpoint / "optimizer.pt")
+    torch.save({"state": {}, "param_groups": Trap()}, checkpoint / name)
+    assert zipfile.is_zipfile(checkpoint / name)
+    if name == "adapter_model.bin":
+        (checkpoint / "adapter_model.safetensors").unlink()
     assert last_complete(tmp_path) == checkpoint
     with pytest.raises(Exception, match="(?i)weights.only"):
         build(tmp_path).train(resume_from_checkpoint=True)

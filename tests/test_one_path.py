@@ -15,7 +15,7 @@ from lorapro.factors import LoraPair
 OPTIMIZERS = {
     "efficient": (lambda g: lorapro.LoraProAdamW(g, lr=1e-3), 250),
     "damped": (lambda g: lorapro.LoraProAdamW(g, lr=1e-3, damping=3.0), 250),
-    "factored": (lambda g: lorapro.LoraProAdamW(g, lr=1e-3, mode="factored"), 500),
+    "factored": (lambda g: lorapro.LoraProAdamW(g, lr=1e-3, mode="factored"), 520),
     "full": (lambda g: lorapro.LoraProAdamW(g, lr=1e-3, mode="full"), 400),
     "muon": (lorapro.LoraProMuon, 500),
     "sgd": (lambda g: lorapro.LoraProSGD(g, momentum=0.9), 250),

@@ -337,7 +337,14 @@ def test_files_that_are_no_configs(place, tmp_path, capsys):
     (tmp_path / "list.yaml").write_text("- rank\n")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     (tmp_path / "number.yaml").write_text("1: 2\n")
-    (tmp_path / "object.yaml").write_text("task: !!python/object/apply:os.getcwd []\n")
+    (tmp_path / "object.yaml").write_text("task: !!python/object/apply:os.mkdir [sprung]\n")
+    laughs = [f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    (tmp_path / "laughs.yaml").write_text(f"rank: [&a0 [ha], {', '.join(laughs)}]\n")
+    (tmp_path / "itself.yaml").write_text("target_modules: &a [*a]\n")
+    (tmp_path / "deep.yaml").write_text(f"rank: {'[' * 3000}{']' * 3000}\n")
+    (tmp_path / "digits.yaml").write_text(f"seed: {'9' * 5000}\n")
+    (tmp_path / "date.yaml").write_text("task: 2001-99-99\n")
+    (tmp_path / "key.yaml").write_text("? [a, b]\n: 1\n")
     (tmp_path / "c.yaml").write_text("methods: {lora: 1.0e-3}\n")
     (tmp_path / "methods.yaml").write_text("method: lora\nmax_steps: 1\n")
     (tmp_path / "sub").mkdir()
@@ -352,6 +359,12 @@ def test_files_that_are_no_configs(place, tmp_path, capsys):
         (["train", "empty.yaml"], "must hold 'key: value' lines, found nothing"),
         (["train", "number.yaml"], "the key 1 is not a word"),
         (["train", "object.yaml"], "could not determine a constructor"),
+        (["train", "laughs.yaml"], "more than 10,000 values once its aliases are written out"),
+        (["train", "itself.yaml"], "an alias in the config file holds itself"),
+        (["train", "deep.yaml"], "nested too deeply"),
+        (["train", "digits.yaml"], "digits.yaml is not a YAML file: Exceeds the limit"),
+        (["train", "date.yaml"], "date.yaml is not a YAML file: month must be"),
+        (["train", "key.yaml"], "found unhashable key"),
         (["train", "task=sft"], "no config file 'task=sft'"),
         (["train", "--lr", "1"], "unknown flag --lr (did you mean 'learning_rate'?)"),
         (["train", "--task"], "expected one argument"),

@@ -9,17 +9,25 @@ from lorapro.experiments.errors import UserError
 
 __all__ = ["read_yaml"]
 
+MOST_VALUES, MOST_LEVELS = 10_000, 50  # of a file, once its aliases are written out
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds one mapping.
 
     Raises:
-        UserError: no such file, not YAML, not a mapping of names to values, or a key given twice,
-            of which YAML would silently keep the last.
+        UserError: no such file, not YAML, not a mapping of names to values, a key given twice, of
+            which YAML would silently keep the last, or aliases that hold themselves or grow beyond
+            what a config can be. Tags that make Python objects are not known.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def get_single_node(self) -> Any:
+            node = super().get_single_node()
+            _count(node, {}, ())
+            return node
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             for key in keys:
@@ -32,7 +40,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no config file {str(path)!r}")
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply for a config") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a YAML file: {reason}") from error
     if not isinstance(values, dict):
@@ -44,3 +54,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         if value is None:
             raise UserError(f"{path}: {key!r} has no value; give it one or leave the key out")
     return values
+
+
+def _count(node: Any, known: dict[int, int], above: tuple[int, ...]) -> int:
+    """Number of values in a node with its aliases written out, as printing it would."""
+    if id(node) in above:
+        raise UserError("an alias in the config file holds itself; write its value out")
+    if len(above) >= MOST_LEVELS:
+        raise RecursionError
+    if id(node) not in known:
+        total, inner = 1, getattr(node, "value", None)
+        for child in inner if isinstance(inner, list) else ():
+            for part in child if isinstance(child, tuple) else (child,):
+                total += _count(part, known, (*above, id(node)))
+        if total > MOST_VALUES:
+            raise UserError(
+                f"the config file holds more than {MOST_VALUES:,} values once its aliases are "
+                "written out"
+            )
+        known[id(node)] = total
+    return known[id(node)]

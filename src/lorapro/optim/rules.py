@@ -106,12 +106,26 @@ def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Ro
     columns. g̃ is not formed. m and n are those of the whole weight, (k, 1, 1).
     """
     right, left = (_under(*frame) for frame in G.frame(at))
-    RR, LL = at.total(inner((right, right), (left, left))).chunk(2)
-    square, means = at.s.square(), []
-    for rows, others, length in ((left, RR, n), (right, LL, m)):
-        seen = combine((square / length * others, rows))
-        means.append([x.sum(-2) for x in torch._foreach_mul(list(seen), list(rows))])
-    return means[0], means[1]
+    rows, sizes = [*left, *right], [len(x) for x in (*left, *right)]
+    grams = at.total(inner((left, left), (right, right)))
+    # Rows in units of their lengths, squares in units of their sum: where B is tiny, G_A is huge,
+    # and the squares of either are no float32. Powers of two, so that nothing is rounded by it.
+    size = _root_by_two(grams.diagonal(dim1=-2, dim2=-1))[..., None]
+    rows = list(torch._foreach_div(rows, list(size.to(at.dtype).split(sizes))))
+    others = torch.cat([at.s.square() / x for x in (n, m)]) * grams.roll(len(at.s), 0)
+    others = size * others * size.mT
+    root = _root_by_two(trace(others))
+    seen = torch._foreach_mul(list(combine((others / root.square(), rows))), rows)
+    sums, roots = [x.sum(-2) for x in seen], list(root[..., 0].to(at.dtype).split(sizes))
+    for _ in range(2):
+        torch._foreach_mul_(sums, roots)
+    torch._foreach_clamp_max_(sums, 0.99 * torch.finfo(at.dtype).max)  # bfloat16 holds it too
+    return sums[: len(left)], sums[len(left) :]
+
+
+def _root_by_two(x: Tensor) -> Tensor:
+    """The power of two nearest to √x; 1 where x is 0."""
+    return unit(x).log2().div(2).round().exp2()
 
 
 def factored_adam(

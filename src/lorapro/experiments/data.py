@@ -84,7 +84,7 @@ def _records(text: str, suffix: str) -> list[Row]:
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number} is not JSON ({error.msg})") from error
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} holds a {type(row).__name__}, not an object")
+            raise ValueError(f"line {number} is of type {type(row).__name__}, not an object")
         rows.append(row)
     return rows
 

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 __all__ = [
     "add_adapter",
     "build_model",
+    "check_diagnostics",
     "check_optimizer",
     "check_positions",
     "check_scheduler",
     "count_parameters",
+    "is_measured",
     "total_steps",
 ]
 
@@ -213,3 +215,27 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) parameter counts."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters())
+
+
+def is_measured(config: RunConfig) -> bool:
+    """Whether the alignment of the run's adapters is measured."""
+    method = config.method
+    return bool(config.run.diagnostics_every) and method.adapter.trains and not method.trains_all
+
+
+def check_diagnostics(config: RunConfig, model: nn.Module) -> None:
+    """Refuse to measure what is not there.
+
+    Raises:
+        UserError: no pair, or none that ``diagnostics_layers`` finds.
+    """
+    if is_measured(config):
+        from lorapro.diagnostics.watching import chosen_pairs
+
+        try:
+            chosen_pairs(model, layers=config.run.diagnostics_layers)
+        except ValueError as error:
+            reason = str(error).replace("layers=", "diagnostics_layers ")
+            raise UserError(
+                f"diagnostics_every {config.run.diagnostics_every}: {reason}"
+            ) from error

@@ -26,10 +26,12 @@ from lorapro.experiments.keys import owners
 from lorapro.experiments.memory import peak_memory, reset_peak_memory, tensor_bytes
 from lorapro.experiments.model_building import (
     build_model,
+    check_diagnostics,
     check_optimizer,
     check_positions,
     check_scheduler,
     count_parameters,
+    is_measured,
     total_steps,
 )
 from lorapro.experiments.saved import ABOUT, about_run, write_beside
@@ -83,6 +85,7 @@ def run(
     optimizer = check_optimizer(config, model)
     check_scheduler(config, family)
     check_positions(model, family)
+    check_diagnostics(config, model)
     steps = total_steps(config, family)
     if config.training.get_warmup_steps(steps) > steps:
         say(f"note: the warm-up is longer than the run, {steps} steps: its rate is never reached")
@@ -114,7 +117,7 @@ def _train(
     folders.write_json(folder / ABOUT, about)
     clock, watch = StepClock(on_step), DivergenceWatch(config.run.divergence)
     callbacks = [clock, watch, MetricsLog(folder), *method.adapter.callbacks(config.adapter)]
-    if config.run.diagnostics_every and not method.trains_all:
+    if is_measured(config):
         from lorapro.diagnostics import AlignmentCallback
 
         every, layers = config.run.diagnostics_every, config.run.diagnostics_layers

@@ -20,7 +20,7 @@ def in_bits(model, bits):
         shape = (layer.in_features, layer.out_features)
         if bits == 4:
             twin = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=torch.float32)
-            twin.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False)
+            twin.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=twin)
         else:
             twin = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=0.0)
             twin.weight = bnb.nn.Int8Params(

@@ -106,6 +106,11 @@ def ddp(rank, world, kinds, sizes, steps=20):
     return found
 
 
+def ddp_and_fsdp2(rank, world, kinds, layouts, sizes):
+    """Both in one start of the processes."""
+    return ddp(rank, world, kinds, sizes), fsdp2(rank, world, kinds, layouts, sizes)
+
+
 def saved(rank, world, kind, folder, sizes):
     """Ten steps, then a checkpoint through torch.distributed.checkpoint."""
     model = shard(model_of(**sizes), world) if world > 1 else model_of(**sizes)

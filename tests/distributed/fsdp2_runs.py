@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +18,8 @@ import lorapro
 from distributed.curves import KINDS, batch, curve, model_of, shard
 from distributed.spawned import said
 from distributed.trainer_runs import trained, trained_by_trl
+from quantized_models import in_bits
+from small_models import llama, randomise
 
 CLIP = 0.3
 BLOCK = "LlamaDecoderLayer"
@@ -95,6 +99,17 @@ def by_hand(rank, world, kind, sizes):
     return losses_of(model, optimizer, rank, world, 20)
 
 
+def on_four_bits(rank, world, kind):
+    """QLoRA: a base of bitsandbytes, which FSDP2 shards as stored."""
+    net = in_bits(llama(hidden_size=64, intermediate_size=64, tie_word_embeddings=False), 4)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = randomise(get_peft_model(net, config))
+    if world > 1:
+        shard(model, world)
+    optimizer = lorapro.create_lorapro_optimizer(model, **KINDS[kind])
+    return losses_of(model, optimizer, rank, world, 5)
+
+
 def refused(rank, world, sizes):
     heard = {}
     model = model_of(**sizes)
@@ -127,5 +142,7 @@ def everything(rank, world, folder, sizes):
     options = {"damping": 3.0}
     found["trainer"] = trained(rank, world, folder, sizes, options, **FSDP)
     found["trl"] = trained_by_trl(rank, world, folder, sizes, options, **FSDP)
+    if find_spec("bitsandbytes"):
+        found["4 bits"] = {k: on_four_bits(rank, world, k) for k in ("efficient", "muon")}
     found["refused"] = refused(rank, world, sizes)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
@@ -9,6 +10,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from transformers import AutoModelForCausalLM
 
 import lorapro
 from distributed.curves import KINDS, batch, model_of
@@ -52,7 +54,14 @@ def decayed(rank, world, kinds, sizes, steps=20):
     return found
 
 
-def everything(rank, world, sizes):
+def everything(rank, world, sizes, folder):
     found = decayed(rank, world, ["full", "efficient"], sizes)
-    model = split(model_of(**sizes), world, "lora_B.default")
-    return found, said(lambda: lorapro.create_lorapro_optimizer(model, mode="full", lr=1e-3))
+    by_hand = split(model_of(**sizes), world, "lora_B.default")
+    # With PEFT, tp_plan splits one factor of each pair as it splits the base weight.
+    base = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    planned = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "o_proj"]))
+    heard = {
+        name: said(lambda: lorapro.create_lorapro_optimizer(model, mode="full", lr=1e-3))  # noqa: B023
+        for name, model in {"by hand": by_hand, "tp_plan": planned}.items()
+    }
+    return found, heard

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed.curves import KINDS, assert_same, ddp, fsdp2, of_one_process
+from distributed.curves import KINDS, assert_same, ddp_and_fsdp2, fsdp2, of_one_process
 from distributed.spawned import spawned
 
 PAIRS = 7
@@ -27,19 +27,15 @@ def documented():
     return found
 
 
-def test_ddp_is_exact_in_every_mode(tmp_path):
-    for found in spawned(ddp, 2, tmp_path, list(KINDS), SIZES):
-        for kind, expected in of_one_process(KINDS, **SIZES).items():
-            assert_same(found[kind], expected)
-
-
 @pytest.mark.parametrize(
     ("world", "layouts"), [(2, ["ours", "default"]), (4, ["ours", "default", "hybrid"])]
 )
-def test_fsdp2_gives_the_single_curve_in_every_mode(world, layouts, tmp_path):
+def test_ddp_and_fsdp2_give_the_single_curve_in_every_mode(world, layouts, tmp_path):
     expected = of_one_process(KINDS, **SIZES)
-    for found in spawned(fsdp2, world, tmp_path, list(KINDS), layouts, SIZES):
-        for (kind, layout), (losses, calls, sent) in found.items():
+    for by_ddp, by_fsdp2 in spawned(ddp_and_fsdp2, world, tmp_path, list(KINDS), layouts, SIZES):
+        for kind in KINDS:
+            assert_same(by_ddp[kind], expected[kind])
+        for (kind, layout), (losses, calls, sent) in by_fsdp2.items():
             assert_same(losses, expected[kind])
             assert sum(calls.values()) <= 24, (kind, layout, calls)
             if world == 2:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 import lorapro
 from distributed.curves import KINDS, assert_same, batch, model_of
-from distributed.fsdp2_runs import descent, losses_of
+from distributed.fsdp2_runs import descent, losses_of, on_four_bits
 from distributed.spawned import spawned
 from distributed.trainer_runs import adapters_only
 
@@ -56,6 +58,13 @@ def test_trl_gives_the_single_curve(found):
     losses, kinds = found["trl"]
     assert kinds == {"DTensor"}
     assert_same(losses, single("efficient", adapters_only))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("kind", ["efficient", "muon"])
+def test_a_base_in_4_bits_gives_the_single_curve(found, kind):
+    torch.set_num_threads(1)
+    assert_same(found["4 bits"][kind], on_four_bits(0, 1, kind))
 
 
 def test_half_precision_follows_float32(found):

@@ -13,6 +13,7 @@ import torch
 import lorapro
 from distributed.curves import assert_same, batch, model_of
 from distributed.spawned import spawned
+from distributed.trainer_runs import adapters_only
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -33,10 +34,10 @@ def found(tmp_path_factory):
     )[0]
 
 
-def single(steps=20, frozen=(), optimizer_of=None, data=batch):
+def single(steps=20, frozen=(), optimizer_of=None, data=batch, prepare=lambda model: model):
     """LoraProAdamW in efficient mode, one process, gradients clipped."""
     torch.set_num_threads(1)
-    model, losses = model_of(**SIZES), []
+    model, losses = prepare(model_of(**SIZES)), []
     for name, p in model.named_parameters():
         if any(part in name for part in frozen):
             p.requires_grad_(False)
@@ -59,6 +60,18 @@ def single(steps=20, frozen=(), optimizer_of=None, data=batch):
 def test_every_stage_gives_the_single_curve(found, how):
     expected = single()
     for losses in found[how].values():
+        assert_same(losses, expected)
+
+
+def test_every_stage_gives_the_single_curve_on_four_processes(tmp_path):
+    expected = single()
+    for losses in spawned("distributed.zero_runs:every_stage", 4, tmp_path, SIZES)[0].values():
+        assert_same(losses, expected)
+
+
+def test_trl_gives_the_single_curve(found):
+    expected = single(prepare=adapters_only)
+    for losses in found["trl"].values():
         assert_same(losses, expected)
 
 

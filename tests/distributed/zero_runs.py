@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 import lorapro
 from distributed.curves import BATCH, batch, model_of
 from distributed.spawned import Wire, said
-from distributed.trainer_runs import arguments, trained
+from distributed.trainer_runs import arguments, trained, trained_by_trl
 
 # What DeepSpeed would compile at its first use on a CPU, and does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -151,9 +151,15 @@ def everything(rank, world, folder, sizes):
     found["bf16"] = {s: in_half(rank, world, s, sizes) for s in (1, 2, 3)}
     found["sent"] = sent(rank, world, sizes, True) - sent(rank, world, sizes, False)
     found["refused"] = refused(rank, world, folder, sizes)
-    found["trainer"] = {}
+    found["trainer"], found["trl"] = {}, {}
     for stage in (1, 2, 3):
-        config = config_of(stage, train_micro_batch_size_per_gpu="auto")
-        options = {"damping": DAMPING}
-        found["trainer"][stage], _ = trained(rank, world, folder, sizes, options, deepspeed=config)
+        for name, run in (("trainer", trained), ("trl", trained_by_trl)):
+            config = config_of(stage, train_micro_batch_size_per_gpu="auto")
+            options = {"damping": DAMPING}
+            found[name][stage], _ = run(rank, world, folder, sizes, options, deepspeed=config)
     return found
+
+
+def every_stage(rank, world, sizes):
+    """By hand, in a start of its own: for other numbers of processes."""
+    return {s: by_hand(rank, world, s, sizes) for s in (1, 2, 3)}

@@ -168,7 +168,9 @@ def sharding_of(pair: LoraPair, A: Tensor, B: Tensor) -> Sharding:
     if not (isinstance(A, DTensor) and isinstance(B, DTensor)):
         whole, split = "AB" if isinstance(B, DTensor) else "BA"
         raise ValueError(
-            f"pair {pair.name!r}: {split} is sharded and {whole} is not; shard both: {OURS}."
+            f"pair {pair.name!r}: {split} is sharded and {whole} is not, as PEFT has it under "
+            f"transformers' tp_plan; shard both, {OURS}, or split base weights alone "
+            "(parallelize_module)."
         )
     found = f"pair {pair.name!r}: A has placements {A.placements}, B {B.placements}"
     dims = [

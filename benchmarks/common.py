@@ -38,12 +38,7 @@ class Entry:
     before: Callable[[], Any] | None = None
 
 
-def interleave(
-    entries: Sequence[Entry],
-    rounds: int,
-    warmup: int = WARMUP,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[Any, list]:
+def interleave(entries: Sequence[Entry], rounds: int, warmup: int = WARMUP) -> dict[Any, list]:
     """Seconds of every entry in every round, by name, after ``warmup`` rounds that do not count."""
     seconds: dict[Any, list[float]] = {entry.name: [] for entry in entries}
     order = random.Random(0)
@@ -54,7 +49,7 @@ def interleave(
             gc.collect()
             gc.disable()  # no entry pays for another's garbage
             for entry in order.sample(entries, len(entries)):
-                took = seconds_of(entry, clock)
+                took = seconds_of(entry)
                 if number >= warmup:
                     seconds[entry.name].append(took)
             gc.enable()
@@ -85,15 +80,15 @@ def wait() -> None:
         torch.cuda.synchronize(_device)
 
 
-def seconds_of(entry: Entry, clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds_of(entry: Entry) -> float:
     """Run one entry once."""
     if entry.before is not None:
         entry.before()
     wait()
-    began = clock()
+    began = time.perf_counter()
     entry.run()
     wait()
-    return clock() - began
+    return time.perf_counter() - began
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

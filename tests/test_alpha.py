@@ -39,7 +39,8 @@ def trained(
 RULES = [
     ("muon", {}),
     ("muon", {"damping": 0.0}),
-    ("muon", {"damping": 10.0, "x": "symmetric"}),
+    ("muon", {"polar": "whole"}),
+    ("muon", {"polar": "whole", "damping": 10.0, "x": "symmetric"}),
     ("adamw", {"mode": "factored"}),
 ]
 

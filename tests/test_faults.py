@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -358,6 +358,7 @@ def test_a_pair_steps_beside_others_as_it_does_alone(
     kind, shapes, r, x, damping, decay, dtype, start, missing, seed
 ):
     """Any shapes, ranks above both sides, precision and start; one pair may lack gradients."""
+    assume(damping or dtype != torch.float16)  # undamped a step from B = 0 has no bound
     generator = torch.Generator().manual_seed(seed)
     # A base to decay is what full mode asks for; by hand there is none.
     options = {"x": x, "damping": damping, "weight_decay": 0.0 if kind == "full" else decay}

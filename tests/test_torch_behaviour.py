@@ -31,6 +31,7 @@ KINDS = {
     "full+decay": {"mode": "full", "lr": 1e-2, "weight_decay": 0.1},
     "factored": {"mode": "factored", "lr": 1e-2, "weight_decay": 0.01},
     "muon": {"optimizer": "muon", "lr": 1e-2, "weight_decay": 0.01},
+    "whole": {"optimizer": "muon", "lr": 1e-2, "weight_decay": 0.01, "polar": "whole"},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -170,7 +171,8 @@ def test_a_broken_gradient_reaches_its_own_pair_only(kind, bad):
     options = {k: v for k, v in KINDS[kind].items() if k not in ("optimizer", "weight_decay")}
     classes = {"sgd": lorapro.LoraProSGD, "muon": lorapro.LoraProMuon}
     groups = lorapro.lora_param_groups(None, pairs=pairs)
-    optimizer = classes.get(kind, lorapro.LoraProAdamW)(groups, **options)
+    name = KINDS[kind].get("optimizer", "adamw")
+    optimizer = classes.get(name, lorapro.LoraProAdamW)(groups, **options)
     for step in range(3):
         for i, pair in enumerate(pairs):
             feed_dense_gradient(pair, torch.randn(4, 5))
@@ -350,6 +352,10 @@ def test_a_state_of_another_rule_is_refused_and_torchs_adamw_is_taken_on():
     for kind in ("full", "factored", "muon", "sgd"):
         with pytest.raises(ValueError, match="AdamW, mode 'efficient', this optimizer runs"):
             create(model, kind).load_state_dict(optimizer.state_dict())
+    parts = create(model, "muon")
+    train(model, parts, 1)
+    with pytest.raises(ValueError, match="polar='parts', this optimizer runs Muon, polar='whole'"):
+        create(model, "whole").load_state_dict(parts.state_dict())
     groups = [g["params"] for g in optimizer.param_groups]
     adamw = torch.optim.AdamW([{"params": params} for params in groups], lr=1e-3)
     train(model, adamw, 1)

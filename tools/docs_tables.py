@@ -19,6 +19,7 @@ METHODS = (
     "lora-pro-full",
     "lora-pro-factored",
     "lora-pro-muon",
+    "lora-pro-muon-whole",
     "lora-muon",
 )
 CALLS = {

@@ -164,7 +164,8 @@ class Point:
 
     def damped(self, length: Tensor) -> Point:
         """The same with the inverse of ``S_B + (ℓ/s)² S_A⁻¹``, for lengths ℓ (k, 1, 1) in W."""
-        S = torch.addcmul(self.S_B, (length / self.s).square(), self.inv_A.full)
+        root = length / self.s * self.inv_A.E  # its square has no negative eigenvalue, full may have
+        S = torch.baddbmm(self.S_B, root.mT, root)
         return replace(self, inv_B=inverse(S, self.dtype))
 
     def along(self, grad_A: Rows | None, grad_B: Rows | None) -> Point:

@@ -32,7 +32,8 @@ DAMPING: dict[str, float] = {
     "efficient": 0.0,
     "full": 0.0,
     "factored": 3.0,
-    "muon": 0.3,
+    "muon": 10.0,
+    "muon-whole": 0.3,
     "sgd": 0.0,
 }
 

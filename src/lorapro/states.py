@@ -85,5 +85,7 @@ def _rule(group: dict[str, Any]) -> str:
         old = ", steady (moments in units that are gone, see damping)"
         return f"AdamW, mode {group['mode']!r}" + (old if group.get("steady") else "")
     if "betas" in group:
-        return "Muon" if "momentum" in group else "AdamW, mode 'efficient'"
+        if "momentum" in group:
+            return f"Muon, polar={group.get('polar', 'whole')!r}"  # older states have no polar
+        return "AdamW, mode 'efficient'"
     return "SGD"

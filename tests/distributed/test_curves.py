@@ -15,7 +15,7 @@ SIZES = {"rank": 3, "hidden": 16, "wide": 10}
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
-ROW = re.compile(r"\| (\w+)[^|]*\| (\d+) \| (\d+) \((\d+)\) \| ([\d,]+) \|")
+ROW = re.compile(r"\| ([\w-]+)[^|]*\| (\d+) \| (\d+) \((\d+)\) \| ([\d,]+) \|")
 
 
 def documented():

@@ -102,3 +102,34 @@ class Muon(Tangent):
     def rule(self, G):
         N = (1 - self.beta) * G + self.beta * self.M if self.nesterov else self.M
         return 0.2 * np.sqrt(max(N.shape)) * polar(N)
+
+
+def root(S):
+    """S^(−1/2), zero where S has no rank."""
+    values, Q = np.linalg.eigh(S)
+    kept = values > 1e-13 * max(values.max(initial=0), 1e-300)
+    return (Q[:, kept] / np.sqrt(values[kept])) @ Q[:, kept].T
+
+
+class MuonOfParts:
+    """Muon on s·B·d_A and on s·d_B·A, momentum of the two gradients."""
+
+    def __init__(self, A, B, s, weight_decay=0.0, damping=10.0, momentum=0.95, nesterov=True, x=""):
+        self.A, self.B, self.s, self.beta, self.nesterov = A.copy(), B.copy(), s, momentum, nesterov
+        self.weight_decay, self.damping = weight_decay, damping
+        self.M_A, self.M_B = np.zeros_like(A), np.zeros_like(B)
+
+    def step(self, g, lr):
+        """g: the dense gradient on W."""
+        A, B, s = self.A, self.B, self.s
+        of = []
+        for M, G in ((self.M_A, B.T @ g), (self.M_B, g @ A.T)):
+            M += (1 - self.beta) * (G - M)
+            of.append(self.beta * M + (1 - self.beta) * G if self.nesterov else M)
+        speed = 0.2 * np.sqrt(max(g.shape))
+        S_A, length = A @ A.T, self.damping * lr * speed
+        R_A, R_B = root(S_A), root(B.T @ B + (length / s) ** 2 * pinv(S_A))
+        d_A, d_B = R_B @ polar(R_B @ of[0]) / s, polar(of[1] @ R_A) @ R_A / s
+        self.h = speed * s * (B @ d_A + d_B @ A)
+        keep = np.sqrt(1 - lr * self.weight_decay)
+        self.A, self.B = keep * A - lr * speed * d_A, keep * B - lr * speed * d_B

@@ -154,10 +154,14 @@ class Batches:
             for t in self.tensors(side, x)
         ]
 
-    def point(self) -> Point:
-        """The factors and their gradients."""
+    def gradients(self, side: int) -> Rows | None:
+        """The gradients of A or of B; ``None`` if it has none."""
+        return self.rows(side, _gradient) if self.moves[side] else None
+
+    def point(self, gradients: bool = True) -> Point:
+        """The factors, and their gradients if they are asked for."""
         s = self.per_pair([s for p in self.parts for s in p.scalings for _ in range(p.blocks)])
-        of_A, of_B = (self.rows(i, _gradient) if m else None for i, m in enumerate(self.moves))
+        of_A, of_B = (self.gradients(side) if gradients else None for side in (OF_A, OF_B))
         return point_at(self.rows(OF_A), self.rows(OF_B), s, of_A, of_B, self.sharding.total)
 
     def means_of_B(self, rows: Rows) -> Tensor:

@@ -20,7 +20,15 @@ from torch import Tensor, baddbmm, bmm
 from lorapro.functional import Point
 from lorapro.gram import Rows, combine, inner, orthonormal, trace, unit
 
-__all__ = ["Direction", "Tangent", "factored_adam", "muon", "polar", "squared_means"]
+__all__ = [
+    "Direction",
+    "Tangent",
+    "factored_adam",
+    "muon",
+    "muon_of_parts",
+    "polar",
+    "squared_means",
+]
 
 
 Frame = tuple[Rows, ...]
@@ -99,6 +107,36 @@ def muon(at: Point, M: Tangent, speed: Tensor) -> Direction:
     return Direction(left, right, core, left_B, right_A, left_left)
 
 
+def muon_of_parts(
+    at: Point, N: tuple[Rows | None, Rows | None], speed: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Muon on each part of the step of W, ``s·B·d_A`` and ``s·d_B·A``, in the geometry of W.
+
+    The steepest descent of spectral length ``speed`` along N for either part::
+
+        d_A = speed/s·R_Bᵀ·polar(R_B·N_A)      R_Bᵀ·R_B = S_B⁻¹, damped
+        d_B = speed/s·polar(N_B·R_Aᵀ)·R_A      R_Aᵀ·R_A = S_A⁻¹
+
+    so that ``s·d_B·A`` moves W by ``speed`` in each of its r directions, and ``s·B·d_A`` by as
+    much at most. It is the rule of LoRA-Muon (arXiv 2606.12921), with ``S_B`` damped.
+
+    Args:
+        at: the factors.
+        N: what stands for grad_A and grad_B, rows; ``None`` where a factor is frozen.
+        speed: the length of every direction, (k, 1, 1).
+
+    Returns:
+        (k, r, r) matrices C with ``d_A = C_A·N_A`` and the rows of d_B ``C_B·N_B``.
+    """
+    moved = [(X, inv) for X, inv in zip(N, (at.inv_B, at.inv_A), strict=True) if X is not None]
+    S = at.total(inner(*((X, X) for X, _ in moved)))
+    root = torch.cat([inv.E for _, inv in moved])
+    V, L = orthonormal(S, trace(S), at.dtype)
+    cores = polar(bmm(root, L).to(at.dtype)).to(S.dtype)
+    of_moved = iter(speed / at.s * C for C in bmm(root.mT, bmm(cores, V)).chunk(len(moved)))
+    return tuple(None if X is None else next(of_moved) for X in N)  # type: ignore[return-value]
+
+
 def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Rows]:
     """Means of g̃∘g̃ over columns (k, m) and over rows (k, n) of ``g̃ = s·(B·G_A + G_B·A)``.
 
@@ -124,8 +162,8 @@ def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Ro
 
 
 def _root_by_two(x: Tensor) -> Tensor:
-    """The power of two nearest to √x; 1 where x is 0."""
-    return unit(x).log2().div(2).round().exp2()
+    """A power of two within a factor of two of √x; 1 where x is 0."""
+    return (torch.frexp(x).exponent // 2).to(x.dtype).exp2()
 
 
 def factored_adam(
@@ -149,14 +187,12 @@ def factored_adam(
     sizes, means = [len(x) for x in right], unit(means)
     root_mean = means.rsqrt()
     units, floors = (x[..., 0].to(at.dtype).split(sizes) for x in (means, eps * root_mean))
-    shares = [x / size for X in (rows, columns) for x, size in zip(X, units, strict=True)]
+    shares = torch._foreach_div([*rows, *columns], [*units, *units])
     # Where no more than rounding was seen, M holds no more either.
     roots = torch._foreach_sqrt(torch._foreach_clamp_min(shares, 16 * torch.finfo(at.dtype).eps))
-    left = [x / root[:, None] for x, root in zip(left, roots, strict=False)]
-    right = [
-        x / (root + floor)[:, None]
-        for x, root, floor in zip(right, roots[len(left) :], floors, strict=True)
-    ]
+    torch._foreach_add_(roots[len(left) :], floors)
+    scaled = torch._foreach_div([*left, *right], [root[:, None] for root in roots])
+    left, right = list(scaled[: len(left)]), list(scaled[len(left) :])
     left_left = at.total(inner((left, left)))
     left_B, right_A = at.total(inner((at.B, left), (at.A, right))).chunk(2)
     eye = torch.eye(left_left.shape[-1], dtype=at.s.dtype, device=at.s.device)

@@ -60,18 +60,22 @@ class TangentOptimizer(AdamRule):
         self.state[B][MOMENTUM] = torch.zeros_like(B)
         self.state[B][STEP] = torch.zeros((), dtype=torch.float32, device=B.device)
 
+    def count_step(self, batches: Batches) -> None:
+        """Make the state of pairs that have none, check that of the others, count the step."""
+        for part in batches.parts:
+            for A, B in zip(*part.params, strict=True):
+                if MOMENTUM not in self.state[B]:
+                    self.new_state(A, B, part.blocks)
+                self.check_state(B, MOMENTUM, B.shape)
+                self.check_state(A, MOMENTUM, A.shape)
+        torch._foreach_add_(self.held(batches.params(OF_B), STEP), 1)
+
     @torch.no_grad()
     def tangent_update(self, group: dict[str, Any]) -> None:
         """One step of every pair of a group."""
         for batches in batches_of(group["pairs"], group["params"]):
-            for part in batches.parts:
-                for A, B in zip(*part.params, strict=True):
-                    if MOMENTUM not in self.state[B]:
-                        self.new_state(A, B, part.blocks)
-                    self.check_state(B, MOMENTUM, B.shape)
-                    self.check_state(A, MOMENTUM, A.shape)
+            self.count_step(batches)
             params = batches.params(OF_A), batches.params(OF_B)
-            torch._foreach_add_(self.held(params[OF_B], STEP), 1)
             momentum = (batches.rows(i, lambda p: self.state[p][MOMENTUM]) for i in (OF_A, OF_B))
             rule = self.rule(group, batches)
             factors, M = tangent_step(

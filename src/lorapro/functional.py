@@ -164,9 +164,8 @@ class Point:
 
     def damped(self, length: Tensor) -> Point:
         """The same with the inverse of ``S_B + (ℓ/s)² S_A⁻¹``, for lengths ℓ (k, 1, 1) in W."""
-        root = (
-            length / self.s * self.inv_A.E
-        )  # its square has no negative eigenvalue, full may have
+        # EᵀE has no negative eigenvalue; inv_A.full may have one by rounding.
+        root = length / self.s * self.inv_A.E
         S = torch.baddbmm(self.S_B, root.mT, root)
         return replace(self, inv_B=inverse(S, self.dtype))
 

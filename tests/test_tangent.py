@@ -226,6 +226,37 @@ def test_transport_is_the_identity_where_nothing_moves_and_a_projection_elsewher
 
 
 @pytest.mark.parametrize("rule", ["whole", "parts"])
+@pytest.mark.parametrize("size", [1e-24, 1e25])
+def test_a_step_of_muon_is_as_long_for_gradients_whose_squares_are_no_float32(rule, size):
+    torch.manual_seed(0)
+    A, B, G = torch.randn(3, 8), torch.randn(6, 3), torch.randn(6, 8)
+    ends = []
+    for scale in (1.0, size):
+        pair = LoraPair("w", nn.Parameter(A.clone()), nn.Parameter(B.clone()), scaling=1.5)
+        optimizer = build(rule, lorapro.lora_param_groups(None, pairs=[pair]))
+        feed_dense_gradient(pair, scale * G)
+        optimizer.step()
+        ends.append((pair.B @ pair.A).detach())
+    assert (ends[0] - B @ A).norm() > 0.005
+    torch.testing.assert_close(ends[1] - B @ A, ends[0] - B @ A, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["whole", "parts"])
+def test_momentum_that_zero_gradients_let_fade_moves_nothing_in_the_end(rule):
+    torch.manual_seed(0)
+    pair = LoraPair("w", *map(nn.Parameter, (torch.randn(3, 8), torch.randn(6, 3))), scaling=1.5)
+    groups = lorapro.lora_param_groups(None, pairs=[pair])
+    optimizer = build(rule, groups, lr=1e-3, momentum=0.5)
+    feed_dense_gradient(pair, torch.randn(6, 8))
+    optimizer.step()
+    for _ in range(130):
+        pair.A.grad, pair.B.grad = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
+        before = (pair.B @ pair.A).detach()
+        optimizer.step()
+    torch.testing.assert_close((pair.B @ pair.A).detach(), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["whole", "parts"])
 def test_muon_with_repeated_singular_values_and_a_diagonal_gradient(rule):
     pair = by_hand(np.eye(3), np.zeros((3, 3)), s=1.0)
     optimizer = build(rule, lorapro.lora_param_groups(None, pairs=[pair]), lr=1.0)

@@ -40,6 +40,9 @@ Rows = Sequence[Tensor]
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-8}
 # The least that keeps the Cholesky factor of such a Gram matrix finite.
 RIDGE = {torch.float64: 1e-13, torch.float32: 1e-9}
+# Rows shorter than 1e-25, such as momentum after a thousand zero gradients, count as missing:
+# what divides by them leaves float32.
+NOTHING = 1e-50
 # Doublings of Smith's series: the error is that of 2^DOUBLINGS of its terms.
 DOUBLINGS = {torch.float64: 18, torch.float32: 7}
 # Matrices above this size are inverted by halves: LAPACK goes through a batch one by one.
@@ -177,7 +180,7 @@ def orthonormal(S: Tensor, traces: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
         ``(V, L)``: ``V·X`` is orthonormal where S has rank and short where it has none, and
         ``X = L·(V·X)``.
     """
-    size = unit(traces / S.shape[-1])
+    size = unit(traces / S.shape[-1]).clamp_min(NOTHING)
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     S = torch.add(S / size, eye, alpha=RIDGE[dtype])
     V, root = _inverse_of_cholesky(S, eye), size.sqrt()

@@ -99,7 +99,7 @@ def muon(at: Point, M: Tangent, speed: Tensor) -> Direction:
     to_left[:, :r, :r], to_left[:, r:, r:] = V[2], V[3]
     to_right[:, :r, :r], to_right[:, r:, r:] = V[0], V[1]
     to_right[:, :r, r:] = -bmm(V[0], inside)
-    core = bmm(bmm(to_left.mT, speed * polar(core.to(at.dtype))), to_right)
+    core = bmm(bmm(to_left.mT, speed * polar(core, at.dtype)), to_right)
     right, left = M.frame(at)
     left_B = torch.cat([at.S_B, across_B.mT], -1)
     left_left = torch.cat([left_B, torch.cat([across_B, BB], -1)], -2)
@@ -132,7 +132,7 @@ def muon_of_parts(
     S = at.total(inner(*((X, X) for X, _ in moved)))
     root = torch.cat([inv.E for _, inv in moved])
     V, L = orthonormal(S, trace(S), at.dtype)
-    cores = polar(bmm(root, L).to(at.dtype)).to(S.dtype)
+    cores = polar(bmm(root, L), at.dtype).to(S.dtype)
     of_moved = iter(speed / at.s * C for C in bmm(root.mT, bmm(cores, V)).chunk(len(moved)))
     return tuple(None if X is None else next(of_moved) for X in N)  # type: ignore[return-value]
 
@@ -218,22 +218,23 @@ SCHEDULE = {
 }
 
 
-def polar(X: Tensor) -> Tensor:
+def polar(X: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Polar factor ``U·Vᵀ`` of square matrices ``U Σ Vᵀ``, by Newton–Schulz steps.
 
     Singular values down to about 1e-3 (float32) or 1e-5 (float64) of ``‖X‖_F`` come to 1; smaller
     ones come out smaller than 1, and 0 stays 0.
 
     Args:
-        X: (k, p, p).
+        X: (k, p, p), in float64 where its squares are no float32.
+        dtype: that of the steps and of what is returned, float32 or float64.
 
     >>> polar(torch.tensor([[[3.0, 0.0], [0.0, -0.5]]])).round(decimals=2)
     tensor([[[ 1.,  0.],
              [ 0., -1.]]])
     """
     size = torch.linalg.matrix_norm(X, keepdim=True)
-    X = X / size.clamp_min(torch.finfo(X.dtype).tiny)
-    for a, b, c in SCHEDULE[X.dtype]:
+    X = (X / size.clamp_min(torch.finfo(X.dtype).tiny)).to(dtype)
+    for a, b, c in SCHEDULE[dtype]:
         S = bmm(X, X.mT)
         X = baddbmm(X, baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
     return X

@@ -39,6 +39,7 @@ OURS = {
     "damped": "efficient, damped",
     "sgd": "SGD",
     "muon": "Muon",
+    "muon-whole": "Muon as a whole",
     "factored": "factored",
     "full": "full",
 }

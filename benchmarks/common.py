@@ -38,7 +38,12 @@ class Entry:
     before: Callable[[], Any] | None = None
 
 
-def interleave(entries: Sequence[Entry], rounds: int, warmup: int = WARMUP) -> dict[Any, list]:
+def interleave(
+    entries: Sequence[Entry],
+    rounds: int,
+    warmup: int = WARMUP,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, list]:
     """Seconds of every entry in every round, by name, after ``warmup`` rounds that do not count."""
     seconds: dict[Any, list[float]] = {entry.name: [] for entry in entries}
     order = random.Random(0)
@@ -49,7 +54,7 @@ def interleave(entries: Sequence[Entry], rounds: int, warmup: int = WARMUP) -> d
             gc.collect()
             gc.disable()  # no entry pays for another's garbage
             for entry in order.sample(entries, len(entries)):
-                took = seconds_of(entry)
+                took = seconds_of(entry, clock)
                 if number >= warmup:
                     seconds[entry.name].append(took)
             gc.enable()
@@ -80,15 +85,15 @@ def wait() -> None:
         torch.cuda.synchronize(_device)
 
 
-def seconds_of(entry: Entry) -> float:
+def seconds_of(entry: Entry, clock: Callable[[], float] = time.perf_counter) -> float:
     """Run one entry once."""
     if entry.before is not None:
         entry.before()
     wait()
-    began = time.perf_counter()
+    began = clock()
     entry.run()
     wait()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

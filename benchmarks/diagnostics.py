@@ -1,6 +1,7 @@
 """What measuring the alignment adds to a training step of SmolLM2-135M.
 
     python benchmarks/diagnostics.py                    # r = 8, batch 4 x 128 tokens
+    python benchmarks/diagnostics.py --cpu-time --threads 1      # on a machine that does other work
 
 Whole steps, with and without :class:`lorapro.diagnostics.Follower` listening and measuring all
 pairs, interleaved. What a run pays that measures every k-th step is the difference over k.
@@ -8,6 +9,7 @@ pairs, interleaved. What a run pays that measures every k-th step is the differe
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -45,7 +47,8 @@ def steps(arguments: Any, rank: int) -> dict[str, list[float]]:
         Entry("plain", lambda: step(False)),
         Entry("measured", lambda: step(True)),
     ]
-    return interleave(entries, arguments.rounds, warmup=1)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    return interleave(entries, arguments.rounds, warmup=1, clock=clock)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,12 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--ranks", nargs="+", type=int, default=[8])
     made.add_argument("--batch", type=int, default=4)
     made.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    made.add_argument("--cpu-time", action="store_true", help="seconds of the processor")
     arguments = made.parse_args(argv)
     check(made, arguments)
     about = (
         f"{arguments.model}, batch {arguments.batch} × {arguments.length} tokens, LoRA on all "
         f"linear layers, efficient mode; medians of {arguments.rounds} interleaved rounds, "
-        "quartiles in parentheses."
+        "quartiles in parentheses"
+        + ("; seconds of the processor, others used it too." if arguments.cpu_time else ".")
     )
     report = Report("diagnostics", about, arguments)
     rows, cells = [], []

@@ -22,6 +22,12 @@ FLAGS = (
     *("--hide-scrollbars", "--force-device-scale-factor=1"),
 )
 
+WHEN_DRAWN = """
+const done = arguments[arguments.length - 1], body = () => { %s };
+document.fonts.ready.then(
+  () => requestAnimationFrame(() => requestAnimationFrame(() => done(body()))));
+"""
+
 
 def why_not() -> str | None:
     """Why there is no browser, or None."""
@@ -64,8 +70,8 @@ class Page:
         self._post("url", {"url": path.resolve().as_uri()})
 
     def run(self, script: str) -> Any:
-        """What a script returns."""
-        return self._post("execute/sync", {"script": script, "args": []})
+        """What a script returns, once fonts are there and what was opened is laid out."""
+        return self._post("execute/async", {"script": WHEN_DRAWN % script, "args": []})
 
     def screenshot(self, path: Path) -> None:
         """Save the whole page as PNG."""

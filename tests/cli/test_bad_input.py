@@ -170,6 +170,10 @@ COMPARISONS = [
     ({"methods": {"lora": [1e-3, nan]}}, "learning_rate must be positive, found nan"),
     ({"methods": {"lora": {"learning_rate": []}}}, "learning_rate is an empty list"),
     ({"methods": {"lora": {"rnk": 2}}}, "did you mean 'rank'"),
+    (
+        {"diagnostics_every": 1, "diagnostics_layers": "z"},
+        "matches diagnostics_layers 'z'; its pairs",
+    ),
     ({"methods": {"a/b": {"method": "lora"}}}, "cannot hold a slash"),
     ({"seeds": []}, "distinct whole numbers"),
     ({"seeds": [0, 0]}, "distinct whole numbers"),

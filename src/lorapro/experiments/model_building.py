@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_adapter",
     "build_model",
-    "check_diagnostics",
-    "check_optimizer",
-    "check_positions",
-    "check_scheduler",
+    "check_run",
     "count_parameters",
     "is_measured",
     "total_steps",
@@ -127,11 +124,26 @@ def check_ranks(model: nn.Module, wanted: int) -> None:
         )
 
 
+def check_run(config: RunConfig, model: nn.Module, family: Family) -> Any:
+    """Try whatever may fail of a run while nothing has been written yet.
+
+    Returns:
+        Trainer's ``optimizer_cls_and_kwargs``.
+
+    Raises:
+        UserError: what the run could not do.
+    """
+    optimizer = check_optimizer(config, model)
+    check_scheduler(config, family)
+    check_positions(model, family)
+    check_diagnostics(config, model)
+    return optimizer
+
+
 def check_optimizer(config: RunConfig, model: nn.Module) -> Any:
     """Return Trainer's ``optimizer_cls_and_kwargs``, tried once on the model.
 
-    The trial shows what the optimizer has against the model or the options while nothing has been
-    written yet.
+    The trial shows what the optimizer has against the model or the options.
     """
     from torch.optim import Optimizer
 

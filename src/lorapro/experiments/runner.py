@@ -26,10 +26,7 @@ from lorapro.experiments.keys import owners
 from lorapro.experiments.memory import peak_memory, reset_peak_memory, tensor_bytes
 from lorapro.experiments.model_building import (
     build_model,
-    check_diagnostics,
-    check_optimizer,
-    check_positions,
-    check_scheduler,
+    check_run,
     count_parameters,
     is_measured,
     total_steps,
@@ -82,10 +79,7 @@ def run(
     started = time.perf_counter()
     family = family or make_task(config, log)
     model = build_model(config, family)
-    optimizer = check_optimizer(config, model)
-    check_scheduler(config, family)
-    check_positions(model, family)
-    check_diagnostics(config, model)
+    optimizer = check_run(config, model, family)
     steps = total_steps(config, family)
     if config.training.get_warmup_steps(steps) > steps:
         say(f"note: the warm-up is longer than the run, {steps} steps: its rate is never reached")

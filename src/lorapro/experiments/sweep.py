@@ -130,18 +130,10 @@ def check(comparison: Comparison, tasks: Tasks) -> Results:
 
 def _try(config: RunConfig, tasks: Tasks) -> None:
     """Build a run's model, without the start's own computation, its optimizer and schedule."""
-    from lorapro.experiments.model_building import (
-        build_model,
-        check_optimizer,
-        check_positions,
-        check_scheduler,
-    )
+    from lorapro.experiments.model_building import build_model, check_run
 
     family = tasks.of(config)
-    model = build_model(config, family, initialize=False)
-    check_optimizer(config, model)
-    check_scheduler(config, family)
-    check_positions(model, family)
+    check_run(config, build_model(config, family, initialize=False), family)
     gc.collect()
 
 

@@ -9,7 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import lorapro
 from lorapro.factors import find_pairs
+from lorapro.optim.create import OPTIMIZERS
+
+
+def optimizer_on(pairs, optimizer="adamw", **options):
+    """What ``create_lorapro_optimizer`` builds, on pairs without a model."""
+    return OPTIMIZERS[optimizer](lorapro.lora_param_groups(None, pairs=pairs), **options)
 
 
 def mlp(dtype=torch.float64, seed=0, **config):

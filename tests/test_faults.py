@@ -19,7 +19,15 @@ from torch.utils.data import DataLoader
 import lorapro
 import lorapro.functional as F
 from fault_cases import KINDS, create, every_kind, trained
-from helpers import clone, feed_dense_gradient, loss_of, mlp, pairs_of, randomise_B
+from helpers import (
+    clone,
+    feed_dense_gradient,
+    loss_of,
+    mlp,
+    optimizer_on,
+    pairs_of,
+    randomise_B,
+)
 from lorapro.factors import LoraPair
 from small_models import llama
 
@@ -62,10 +70,7 @@ def test_zero_and_missing_gradients_move_nothing(kind):
 
 
 def by_hand(kind, pairs, lr=1e-2, **more):
-    options = {**KINDS[kind], **more}
-    classes = {"muon": lorapro.LoraProMuon, "sgd": lorapro.LoraProSGD}
-    cls = classes.get(options.pop("optimizer", None), lorapro.LoraProAdamW)
-    return cls(lorapro.lora_param_groups(None, pairs=pairs), lr=lr, **options)
+    return optimizer_on(pairs, **{"lr": lr, **KINDS[kind], **more})
 
 
 def written(A, B, dtype, name="w", scaling=2.0):

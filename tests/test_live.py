@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import lorapro
 from fault_cases import KINDS, create, every_kind, trained
-from helpers import loss_of, mlp, pairs_of, randomise_B
+from helpers import loss_of, mlp, optimizer_on, pairs_of, randomise_B
 from lorapro.factors import LoraPair
 
 ANEW = "is no longer what the model trains: it was made anew"
@@ -198,11 +198,7 @@ def pair(r, n, m=None):
 
 
 def built(held, kind, **more):
-    options = {**KINDS[kind], **more}
-    cls = {"muon": lorapro.LoraProMuon, "sgd": lorapro.LoraProSGD}.get(
-        options.pop("optimizer", None), lorapro.LoraProAdamW
-    )
-    return cls(lorapro.lora_param_groups(None, pairs=[held]), lr=1e-3, **options)
+    return optimizer_on([held], lr=1e-3, **{**KINDS[kind], **more})
 
 
 @every_kind

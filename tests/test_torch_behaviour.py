@@ -15,6 +15,7 @@ from helpers import (
     feed_dense_gradient,
     loss_of,
     mlp,
+    optimizer_on,
     pairs_of,
     patterned,
     randomise_B,
@@ -168,11 +169,7 @@ def test_a_broken_gradient_reaches_its_own_pair_only(kind, bad):
         )
         for i in range(3)
     ]
-    options = {k: v for k, v in KINDS[kind].items() if k not in ("optimizer", "weight_decay")}
-    classes = {"sgd": lorapro.LoraProSGD, "muon": lorapro.LoraProMuon}
-    groups = lorapro.lora_param_groups(None, pairs=pairs)
-    name = KINDS[kind].get("optimizer", "adamw")
-    optimizer = classes.get(name, lorapro.LoraProAdamW)(groups, **options)
+    optimizer = optimizer_on(pairs, **{**KINDS[kind], "weight_decay": 0.0})
     for step in range(3):
         for i, pair in enumerate(pairs):
             feed_dense_gradient(pair, torch.randn(4, 5))

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lorapro
 from distributed.curves import KINDS, fsdp2
 from distributed.spawned import spawned
+from helpers import optimizer_on
 from lorapro.factors import LoraPair
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -50,12 +50,8 @@ def counted(kind, m, n, r, pairs=2):
         LoraPair(f"{i}", nn.Parameter(torch.randn(r, n)), nn.Parameter(torch.randn(m, r)), 2.0)
         for i in range(pairs)
     ]
-    groups = lorapro.lora_param_groups(None, pairs=held)
-    options = {**KINDS[kind], "weight_decay": 0.0}
-    name = options.pop("optimizer", "adamw")
-    classes = {"adamw": lorapro.LoraProAdamW, "muon": lorapro.LoraProMuon}
-    optimizer = classes.get(name, lorapro.LoraProSGD)(groups, **options)
-    for p in groups[0]["params"]:
+    optimizer = optimizer_on(held, **{**KINDS[kind], "weight_decay": 0.0})
+    for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.randn_like(p)
     with Products() as products:
         optimizer.step()

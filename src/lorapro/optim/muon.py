@@ -17,7 +17,7 @@ from lorapro.optim.adam_rule import plain_gradients
 from lorapro.optim.base import PAIRS
 from lorapro.optim.batches import OF_A, OF_B, Batches, batches_of
 from lorapro.optim.rules import muon, muon_of_parts
-from lorapro.optim.tangent import MOMENTUM, Rule, TangentOptimizer, shrunk, store
+from lorapro.optim.tangent import Rule, TangentOptimizer, shrunk, store
 from lorapro.rates import DAMPING, chosen_rate
 
 __all__ = ["LoraProMuon"]
@@ -139,10 +139,8 @@ class LoraProMuon(TangentOptimizer):
         for side in (OF_A, OF_B):
             G = batches.gradients(side)
             if G is not None:
-                M = batches.rows(side, lambda p: self.state[p][MOMENTUM])
-                M = torch._foreach_lerp(list(M), list(G), 1 - keep)
-                held = self.held(batches.params(side), MOMENTUM)
-                store(held, batches.tensors(side, M))
+                M = torch._foreach_lerp(list(self.momentum(batches, side)), list(G), 1 - keep)
+                self.keep_momentum(batches, side, M)
                 G = torch._foreach_lerp(list(G), M, keep) if group["nesterov"] else M
             N.append(G)
         C = muon_of_parts(at, (N[OF_A], N[OF_B]), speed)

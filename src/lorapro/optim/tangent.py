@@ -70,20 +70,27 @@ class TangentOptimizer(AdamRule):
                 self.check_state(A, MOMENTUM, A.shape)
         torch._foreach_add_(self.held(batches.params(OF_B), STEP), 1)
 
+    def momentum(self, batches: Batches, side: int) -> Rows:
+        """The momentum of A or of B as rows."""
+        return batches.rows(side, lambda p: self.state[p][MOMENTUM])
+
+    def keep_momentum(self, batches: Batches, side: int, M: Rows) -> None:
+        """Store rows as the momentum of A or of B."""
+        store(self.held(batches.params(side), MOMENTUM), batches.tensors(side, M))
+
     @torch.no_grad()
     def tangent_update(self, group: dict[str, Any]) -> None:
         """One step of every pair of a group."""
         for batches in batches_of(group["pairs"], group["params"]):
             self.count_step(batches)
-            params = batches.params(OF_A), batches.params(OF_B)
-            momentum = (batches.rows(i, lambda p: self.state[p][MOMENTUM]) for i in (OF_A, OF_B))
+            momentum = (self.momentum(batches, side) for side in (OF_A, OF_B))
             rule = self.rule(group, batches)
             factors, M = tangent_step(
                 batches.point(), Tangent(*momentum), rule, self.decay(group), group, batches
             )
             store(batches.moved, batches.moved_tensors(*factors))
             for side, rows in enumerate(M):
-                store(self.held(params[side], MOMENTUM), batches.tensors(side, rows))
+                self.keep_momentum(batches, side, rows)
 
 
 def tangent_step(

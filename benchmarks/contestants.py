@@ -219,7 +219,6 @@ CONTESTANTS = {
     "factored": Contestant(_ours("LoraProAdamW", mode="factored"), 'LoraProAdamW(mode="factored")'),
     "full": Contestant(_ours("LoraProAdamW", mode="full"), 'LoraProAdamW(mode="full")'),
     "muon": Contestant(_ours("LoraProMuon"), "LoraProMuon"),
-    "muon-whole": Contestant(_ours("LoraProMuon", polar="whole"), 'LoraProMuon(polar="whole")'),
     "sgd": Contestant(_ours("LoraProSGD"), "LoraProSGD, no momentum"),
 }
 LEGEND = "\n".join(f"- `{name}`: {c.about}" for name, c in CONTESTANTS.items())

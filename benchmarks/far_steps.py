@@ -22,7 +22,6 @@ M, N, STEPS, PAIRS = 96, 160, 6, 20
 OPTIMIZERS = {
     "factored": lambda groups, lr: lorapro.LoraProAdamW(groups, lr=lr, mode="factored"),
     "muon": lambda groups, lr: lorapro.LoraProMuon(groups, lr=lr),
-    "muon, whole": lambda groups, lr: lorapro.LoraProMuon(groups, lr=lr, polar="whole"),
     "efficient, damped": lambda groups, lr: lorapro.LoraProAdamW(groups, lr=lr, damping=3.0),
     "full": lambda groups, lr: lorapro.LoraProAdamW(groups, lr=lr, mode="full"),
     "full, damped": lambda groups, lr: lorapro.LoraProAdamW(

@@ -19,7 +19,7 @@ from typing import Any
 import contestants
 from common import Entry, Report, check, interleave, parser, summary, table
 
-OPTIMIZERS = ("adamw-fused", "efficient", "factored", "full", "muon", "muon-whole", "sgd")
+OPTIMIZERS = ("adamw-fused", "efficient", "factored", "full", "muon", "sgd")
 RANK = 8
 SERIES = {"rank": "r", "size": "m + n", "pairs": "pairs"}
 SIZES = {

@@ -12,7 +12,6 @@ KINDS = {
     "full": {"mode": "full"},
     "factored": {"mode": "factored"},
     "muon": {"optimizer": "muon"},
-    "whole": {"optimizer": "muon", "polar": "whole"},
     "sgd": {"optimizer": "sgd", "momentum": 0.9},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -39,8 +39,6 @@ def trained(
 RULES = [
     ("muon", {}),
     ("muon", {"damping": 0.0}),
-    ("muon", {"polar": "whole"}),
-    ("muon", {"polar": "whole", "damping": 10.0, "x": "symmetric"}),
     ("adamw", {"mode": "factored"}),
 ]
 

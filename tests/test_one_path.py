@@ -18,7 +18,6 @@ OPTIMIZERS = {
     "factored": (lambda g: lorapro.LoraProAdamW(g, lr=1e-3, mode="factored"), 500),
     "full": (lambda g: lorapro.LoraProAdamW(g, lr=1e-3, mode="full"), 400),
     "muon": (lorapro.LoraProMuon, 250),
-    "muon-whole": (lambda g: lorapro.LoraProMuon(g, polar="whole"), 500),
     "sgd": (lambda g: lorapro.LoraProSGD(g, momentum=0.9), 250),
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -140,7 +139,7 @@ def test_a_learning_rate_may_be_a_tensor(name):
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["parts", "whole", "factored"])
+@pytest.mark.parametrize("name", ["muon", "factored"])
 @pytest.mark.parametrize("x", ["sylvester", "zero", "symmetric"])
 def test_rules_on_the_tangent_space_know_neither_alpha_nor_how_a_product_is_shared(name, x):
     """W after ten steps: s, then s/16; then (A, B) as (3A, B/3)."""
@@ -154,7 +153,7 @@ def test_rules_on_the_tangent_space_know_neither_alpha_nor_how_a_product_is_shar
         optimizer = (
             lorapro.LoraProAdamW(groups, lr=0.01, mode="factored", x=x, eps=0.0)
             if name == "factored"
-            else lorapro.LoraProMuon(groups, lr=0.05, polar=name, x=x)
+            else lorapro.LoraProMuon(groups, lr=0.05, x=x)
         )
         for _ in range(10):
             g = torch.randn(10, 12, generator=generator, dtype=torch.float64)

@@ -19,7 +19,6 @@ METHODS = (
     "lora-pro-full",
     "lora-pro-factored",
     "lora-pro-muon",
-    "lora-pro-muon-whole",
     "lora-muon",
 )
 CALLS = {
@@ -39,7 +38,6 @@ OURS = {
     "damped": "efficient, damped",
     "sgd": "SGD",
     "muon": "Muon",
-    "muon-whole": "Muon as a whole",
     "factored": "factored",
     "full": "full",
 }

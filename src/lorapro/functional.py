@@ -164,10 +164,7 @@ class Point:
 
     def damped(self, length: Tensor) -> Point:
         """The same with the inverse of ``S_B + (ℓ/s)² S_A⁻¹``, for lengths ℓ (k, 1, 1) in W."""
-        # EᵀE has no negative eigenvalue; inv_A.full may have one by rounding.
-        root = length / self.s * self.inv_A.E
-        S = torch.baddbmm(self.S_B, root.mT, root)
-        return replace(self, inv_B=inverse(S, self.dtype))
+        return replace(self, inv_B=_damped(self.S_B, length / self.s, self.inv_A, self.dtype))
 
     def along(self, grad_A: Rows | None, grad_B: Rows | None) -> Point:
         """The same with other gradients."""
@@ -183,27 +180,43 @@ def point_at(
     grad_A: Rows | None = None,
     grad_B: Rows | None = None,
     total: Total = lambda gram: gram,
+    length: Tensor | None = None,
 ) -> Point:
-    """Gram matrices of factors and gradients, in one call of ``total``, and their inverses."""
+    """Gram matrices of factors and gradients, in one call of ``total``, and their inverses.
+
+    With a length, that of S_B is damped, as by :meth:`Point.damped`.
+    """
     if grad_A is None or grad_B is None:
         (S_A, S_B), K = total(inner((A, A), (B, B))).chunk(2), None
     else:
         S_A, K, S_B = total(inner((A, A, grad_A), (B, B))).chunk(3)
         K = K.mT
-    inv_A, inv_B = inverses((S_A, S_B), A[0].dtype)
+    dtype = A[0].dtype
+    if length is None:
+        inv_A, inv_B = inverses((S_A, S_B), dtype)
+    else:
+        inv_A = inverse(S_A, dtype)
+        inv_B = _damped(S_B, length / s, inv_A, dtype)
     return Point(A, B, s, grad_A, grad_B, S_A, S_B, K, inv_A, inv_B, total)
 
 
-def align_at(at: Point, *, x: str) -> tuple[Rows | None, Rows | None]:
+def _damped(S_B: Tensor, length: Tensor, inv_A: Inverse, dtype: torch.dtype) -> Inverse:
+    root = length * inv_A.E  # EᵀE has no negative eigenvalue; inv_A.full may have one by rounding
+    return inverse(torch.baddbmm(S_B, root.mT, root), dtype)
+
+
+def align_at(
+    at: Point, *, x: str, weight_B: Tensor | float = 1.0
+) -> tuple[Rows | None, Rows | None]:
     """:func:`align` on rows of many shapes; ``None`` where a factor is frozen.
 
     ``d_A = s⁻²(S_B⁻¹·grad_A + Z·S_A⁻¹·A)``, ``d_B = s⁻²(grad_B − B·Y)·S_A⁻¹``, Y and Z of
     :func:`shares`. Rows are multiplied by roots of an inverse, never by an inverse: in float32 they
-    lose the condition of a factor, not its square.
+    lose the condition of a factor, not its square. ``weight_B``: see :func:`shares`.
     """
     square, to_A, of_B = at.s**-2, [], at.grad_B
     if at.K is not None:
-        Y, Z = shares(at, at.K, x)
+        Y, Z = shares(at, at.K, x, weight_B)
         if Z is not None:
             to_A = [(square * bmm(Z, at.inv_A.V.mT), combine((at.inv_A.E, at.A)))]
         of_B = combine((-Y.mT, at.B), onto=at.grad_B)

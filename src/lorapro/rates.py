@@ -33,7 +33,6 @@ DAMPING: dict[str, float] = {
     "full": 0.0,
     "factored": 3.0,
     "muon": 10.0,
-    "muon-whole": 0.3,
     "sgd": 0.0,
 }
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
 from lorapro.factors import LoraPair
 
-__all__ = ["DESCRIBED", "check_same", "describe"]
+__all__ = ["DESCRIBED", "check_held", "check_same", "describe", "keep_float32"]
 
-DESCRIBED = ("names", "scalings", "layouts", "blocks", "shapes")
+DESCRIBED = ("names", "scalings", "layouts", "blocks", "shapes", "momenta")
 
 
 def describe(pairs: Sequence[LoraPair]) -> dict[str, list[Any]]:
     """What stands for the pairs of a group in a state dict.
 
-    ``shapes`` are (r, m, n): rank, and rows and columns of the weight.
+    ``shapes`` are (r, m, n): rank, and rows and columns of the weight; ``momenta`` tells states
+    of the rules of today from older ones.
     """
     return {
         "names": [p.name for p in pairs],
@@ -23,6 +28,7 @@ def describe(pairs: Sequence[LoraPair]) -> dict[str, list[Any]]:
         "layouts": [p.layout for p in pairs],
         "blocks": [p.blocks for p in pairs],
         "shapes": [[p.rank, *p.shape] for p in pairs],
+        "momenta": ["of gradients"],
     }
 
 
@@ -50,6 +56,45 @@ def check_same(state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
                     f"x={group['x']!r}; build the same optimizer to go on from it."
                 )
             _check_shapes(saved, group["pairs"])
+
+
+def check_held(held: Tensor, p: Tensor, shape: Sequence[int], called: str) -> None:
+    """Refuse a state that does not go with its parameter, by shape, dtype or device.
+
+    Args:
+        held: an entry of the state.
+        p: the parameter.
+        shape: what the entry's shape must be.
+        called: what entry of what parameter it is, for the message.
+
+    Raises:
+        ValueError: says what was found and expected.
+    """
+    whole = hasattr(p, "placements") and not hasattr(held, "placements")
+    if held.shape != torch.Size(shape) or whole:
+        kind = " of a DTensor" if whole else ""
+        raise ValueError(
+            f"{called} is {tuple(held.shape)}, expected {tuple(shape)}{kind}: the state loaded was "
+            "saved for another model, rank or sharding."
+        )
+    exact = p.dtype == torch.float16 and held.dtype == torch.float32
+    if held.device != p.device or not (held.dtype == p.dtype or exact):
+        raise ValueError(
+            f"{called} is {held.dtype} on {held.device}, the parameter {p.dtype} on {p.device}: it "
+            "was moved by model.to(…) after a step. Build a new optimizer and load this one's "
+            "state_dict."
+        )
+
+
+def keep_float32(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Undo torch's cast of float32 state to float16, which does not hold second moments."""
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        for key, p in zip(saved["params"], group["params"], strict=True):
+            if p.dtype == torch.float16:
+                for name, value in state["state"].get(key, {}).items():
+                    if isinstance(value, Tensor) and value.dtype == torch.float32:
+                        where = optimizer.state[p][name].device
+                        optimizer.state[p][name] = value.detach().to(where, copy=True)
 
 
 def _check_names(saved: dict[str, Any], group: dict[str, Any]) -> None:
@@ -81,11 +126,14 @@ def _check_shapes(saved: dict[str, Any], pairs: Sequence[LoraPair]) -> None:
 
 def _rule(group: dict[str, Any]) -> str:
     """Which rule keeps the state of a group of pairs; torch's own AdamW and SGD are known too."""
+    is_new = {"pairs", "momenta"} & set(group)
+    old = "" if is_new else ", of a rule that is gone (its momentum or the length of its steps)"
     if "mode" in group:
-        old = ", steady (moments in units that are gone, see damping)"
-        return f"AdamW, mode {group['mode']!r}" + (old if group.get("steady") else "")
+        if group.get("steady"):
+            old = ", steady (moments in units that are gone, see damping)"
+        elif group["mode"] != "factored":
+            old = ""
+        return f"AdamW, mode {group['mode']!r}{old}"
     if "betas" in group:
-        if "momentum" in group:
-            return f"Muon, polar={group.get('polar', 'whole')!r}"  # older states have no polar
-        return "AdamW, mode 'efficient'"
+        return f"Muon{old}" if "momentum" in group else "AdamW, mode 'efficient'"
     return "SGD"

@@ -20,7 +20,6 @@ KINDS = {
     "full": {"mode": "full", "lr": 1e-2, "weight_decay": 0.1},
     "factored": {"mode": "factored", "lr": 1e-2, "weight_decay": 0.01},
     "muon": {"optimizer": "muon", "lr": 1e-2, "weight_decay": 0.01},
-    "muon-whole": {"optimizer": "muon", "lr": 1e-2, "weight_decay": 0.01, "polar": "whole"},
     "sgd": {"optimizer": "sgd", "lr": 1e-1, "momentum": 0.9, "damping": 1.0},
 }
 BATCH = 8

@@ -30,7 +30,13 @@ from lorapro.experiments.report.rate_tables import (
 )
 from lorapro.experiments.report.summary_tables import across_table, paper_table
 from lorapro.experiments.report.sweep_figures import sweep_figures
-from lorapro.experiments.report.tables import cost_table, detail_table, main_table, way_table
+from lorapro.experiments.report.tables import (
+    Table,
+    cost_table,
+    detail_table,
+    main_table,
+    way_table,
+)
 from lorapro.experiments.report.verdicts import gap_sentence, lead, verdict
 from lorapro.experiments.results import read_results, write_results
 from lorapro.experiments.statistics import holm, paired_t, share_closed
@@ -266,6 +272,11 @@ def test_nothing_but_diverged_runs_is_a_report_too(tmp_path):
 
 
 # Tables
+
+
+def test_a_cell_with_a_line_break_or_a_bar_stays_one_cell():
+    table = Table("", ["key", "value"], [["text", "{question}\n{answer}"], ["a|b", "c"]])
+    assert table.markdown().splitlines()[2:] == ["| text | {question} {answer} |", "| a\\|b | c |"]
 
 
 def test_the_main_table_holds_the_numbers(tmp_path):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from experiments.written_runs import pair_records, write_plan, write_run
+from lorapro.cli.main import main
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.report.problems import problems
 from lorapro.experiments.results import read_results, write_results
@@ -174,3 +175,24 @@ def test_results_json_without_runs_is_an_error(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"methods": []}))
     with pytest.raises(UserError, match="no list of 'runs'"):
         read_results(tmp_path)
+
+
+def test_merged_runs_are_one_comparison_and_the_last_of_a_run_is_kept(tmp_path, capsys):
+    for name, test in (("old", 0.5), ("new", 0.4)):
+        root = tmp_path / name
+        write_run(root, "lora", 1e-3, 0, test=test)
+        write_run(root, f"only-{name}", 1e-3, 0, axes={"rank": 8})
+    out = tmp_path / "both"
+    runs = [str(tmp_path / name) for name in ("old", "new")]
+    assert main(["report", *runs, "--merge", "--compact", str(out)]) == 0
+    read = read_results(out).runs
+    assert list(read["label"]) == ["lora", "only-old", "only-new"]
+    assert read["test_loss"][0] == 0.4
+    folder = write_run(tmp_path / "longer", "lora", 1e-2, 0)
+    for file in ("run.json", "result.json"):
+        held = json.loads((folder / file).read_text())
+        held["identity"] = {**held["identity"], "max_steps": 30}
+        (folder / file).write_text(json.dumps(held))
+    capsys.readouterr()
+    assert main(["report", *runs, str(tmp_path / "longer"), "--merge"]) == 2
+    assert "max_steps is 20 in one and 30 in another" in capsys.readouterr().err

@@ -1,7 +1,4 @@
-"""The tangent-space optimizers with dense matrices: project, average, rule, project, step, project.
-
-Everything is an (m, n) matrix in float64 NumPy; nothing is kept in factored form.
-"""
+"""Factored AdamW and Muon with dense matrices: everything but the momenta is an (m, n) matrix."""
 
 from __future__ import annotations
 
@@ -59,51 +56,6 @@ def length_of(A, g):
     return np.sqrt((sigma**4).sum() / (sigma**2).sum()) if sigma.any() else 0.0
 
 
-class Tangent:
-    def __init__(self, A, B, s, x="sylvester", weight_decay=0.0, damping=3.0):
-        self.A, self.B, self.s, self.x = A.copy(), B.copy(), s, x
-        self.weight_decay, self.t, self.damping = weight_decay, 0, damping
-        self.M = np.zeros((len(B), A.shape[1]))
-
-    def step(self, g, lr):
-        """g: the dense gradient on W."""
-        self.t += 1
-        G = project(self.A, self.B, g)
-        self.M = self.beta * self.M + (1 - self.beta) * G
-        h = self.h = self.rule(G)
-        length = self.damping * lr * length_of(self.A, h)
-        d_A, d_B = share(self.A, self.B, h, self.s, self.x, length)
-        keep = np.sqrt(1 - lr * self.weight_decay)
-        self.A, self.B = keep * self.A - lr * d_A, keep * self.B - lr * d_B
-        self.M = project(self.A, self.B, self.M)
-
-
-class Factored(Tangent):
-    def __init__(self, *args, betas=(0.9, 0.999), eps=1e-8, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.beta, self.beta2, self.eps = *betas, eps
-        self.rows, self.columns = np.zeros(len(self.B)), np.zeros(self.A.shape[1])
-
-    def rule(self, G):
-        self.rows = self.beta2 * self.rows + (1 - self.beta2) * (G**2).mean(1)
-        self.columns = self.beta2 * self.columns + (1 - self.beta2) * (G**2).mean(0)
-        rows, columns = (v / (1 - self.beta2**self.t) for v in (self.rows, self.columns))
-        if not rows.any():
-            return np.zeros_like(self.M)
-        m_hat = self.M / (1 - self.beta**self.t)
-        return m_hat / np.sqrt(rows / rows.mean())[:, None] / (np.sqrt(columns) + self.eps)
-
-
-class Muon(Tangent):
-    def __init__(self, *args, momentum=0.95, nesterov=True, damping=0.3, **kwargs):
-        super().__init__(*args, damping=damping, **kwargs)
-        self.beta, self.nesterov = momentum, nesterov
-
-    def rule(self, G):
-        N = (1 - self.beta) * G + self.beta * self.M if self.nesterov else self.M
-        return 0.2 * np.sqrt(max(N.shape)) * polar(N)
-
-
 def root(S):
     """S^(−1/2), zero where S has no rank."""
     values, Q = np.linalg.eigh(S)
@@ -111,25 +63,59 @@ def root(S):
     return (Q[:, kept] / np.sqrt(values[kept])) @ Q[:, kept].T
 
 
-class MuonOfParts:
-    """Muon on s·B·d_A and on s·d_B·A, momentum of the two gradients."""
+class Twin:
+    """Factors, and the momenta of their two gradients (in units in which s is 1)."""
 
-    def __init__(self, A, B, s, weight_decay=0.0, damping=10.0, momentum=0.95, nesterov=True, x=""):
-        self.A, self.B, self.s, self.beta, self.nesterov = A.copy(), B.copy(), s, momentum, nesterov
-        self.weight_decay, self.damping = weight_decay, damping
+    def __init__(self, A, B, s, x="sylvester", weight_decay=0.0, damping=0.0, momentum=0.9):
+        self.A, self.B, self.s, self.x, self.beta = A.copy(), B.copy(), s, x, momentum
+        self.weight_decay, self.damping, self.t = weight_decay, damping, 0
         self.M_A, self.M_B = np.zeros_like(A), np.zeros_like(B)
 
     def step(self, g, lr):
         """g: the dense gradient on W."""
+        self.t += 1
+        G = self.B.T @ g, g @ self.A.T
+        for M, of_factor in zip((self.M_A, self.M_B), G, strict=True):
+            M += (1 - self.beta) * (of_factor - M)
+        d_A, d_B = self.rule(g, G, lr)
+        keep = np.sqrt(1 - lr * self.weight_decay)
+        self.h = self.s * (self.B @ d_A + d_B @ self.A)
+        self.A, self.B = keep * self.A - lr * d_A, keep * self.B - lr * d_B
+
+
+class Factored(Twin):
+    def __init__(self, A, B, s, betas=(0.9, 0.999), eps=1e-8, damping=3.0, **kwargs):
+        super().__init__(A, B, s, momentum=betas[0], damping=damping, **kwargs)
+        self.beta2, self.eps = betas[1], eps
+        self.rows, self.columns = np.zeros(len(B)), np.zeros(A.shape[1])
+
+    def rule(self, g, _, lr):
+        A, B = self.A, self.B
+        G = project(A, B, g)
+        to_A = pinv(B.T @ B) @ self.M_A
+        M = B @ to_A + (self.M_B - B @ to_A @ A.T) @ pinv(A @ A.T) @ A
+        self.rows = self.beta2 * self.rows + (1 - self.beta2) * (G**2).mean(1)
+        self.columns = self.beta2 * self.columns + (1 - self.beta2) * (G**2).mean(0)
+        rows, columns = (v / (1 - self.beta2**self.t) for v in (self.rows, self.columns))
+        h = M / (1 - self.beta**self.t)
+        if rows.any():
+            h = h / np.sqrt(rows / rows.mean())[:, None] / (np.sqrt(columns) + self.eps)
+        h = h / max(1.0, np.sqrt((h**2).mean()))
+        return share(A, B, h, self.s, self.x, self.damping * lr * length_of(A, h))
+
+
+class Muon(Twin):
+    def __init__(self, A, B, s, momentum=0.95, nesterov=True, damping=10.0, **kwargs):
+        super().__init__(A, B, s, momentum=momentum, damping=damping, **kwargs)
+        self.nesterov = nesterov
+
+    def rule(self, g, G, lr):
         A, B, s = self.A, self.B, self.s
-        of = []
-        for M, G in ((self.M_A, B.T @ g), (self.M_B, g @ A.T)):
-            M += (1 - self.beta) * (G - M)
-            of.append(self.beta * M + (1 - self.beta) * G if self.nesterov else M)
-        speed = 0.2 * np.sqrt(max(g.shape))
+        N_A, N_B = (
+            self.beta * M + (1 - self.beta) * of_factor if self.nesterov else M
+            for M, of_factor in zip((self.M_A, self.M_B), G, strict=True)
+        )
+        speed = 0.2 * np.sqrt(max(g.shape)) * np.sqrt(32 / len(A))
         S_A, length = A @ A.T, self.damping * lr * speed
         R_A, R_B = root(S_A), root(B.T @ B + (length / s) ** 2 * pinv(S_A))
-        d_A, d_B = R_B @ polar(R_B @ of[0]) / s, polar(of[1] @ R_A) @ R_A / s
-        self.h = speed * s * (B @ d_A + d_B @ A)
-        keep = np.sqrt(1 - lr * self.weight_decay)
-        self.A, self.B = keep * A - lr * speed * d_A, keep * B - lr * speed * d_B
+        return speed / s * R_B @ polar(R_B @ N_A), speed / s * polar(N_B @ R_A) @ R_A

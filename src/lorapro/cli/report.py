@@ -39,6 +39,9 @@ def run(arguments: Sequence[str]) -> None:
         metavar="DIR",
         help="write results.json there: all that a report needs, --target included",
     )
+    parser.add_argument(
+        "--merge", action="store_true", help="all runs as one comparison, of the first's title"
+    )
     given = parser.parse_strictly(arguments)
     output = None if given.output is None else Path(given.output)
     if output is not None and output.suffix not in ENDINGS:
@@ -52,9 +55,11 @@ def run(arguments: Sequence[str]) -> None:
     from rich.console import Console
 
     from lorapro.experiments.report import Report, print_tables
-    from lorapro.experiments.results import read_results, write_results
+    from lorapro.experiments.results import merged, read_results, write_results
 
     results = read_results(*given.runs)
+    if given.merge:
+        results = merged(results)
     if given.measure is not None and given.measure not in results.runs:
         known = [c for c in results.runs if str(c).startswith(("test_", "validation_"))]
         raise UserError(f"no run has the measure {given.measure!r}; known: {', '.join(known)}")

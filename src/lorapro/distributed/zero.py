@@ -20,7 +20,7 @@ ZeRO 3                      fp16_groups    fp32_partitioned_groups_flat   ``grad
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +28,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lorapro.live import check_current, check_zeros
+
 if TYPE_CHECKING:
     from lorapro.factors import LoraPair
 
-__all__ = ["ZeroFactors", "optimizers_of", "refuse_modes", "refuse_pieces", "whole_factors"]
+__all__ = [
+    "ZeroFactors",
+    "in_pieces",
+    "optimizers_of",
+    "refuse_modes",
+    "refuse_pieces",
+    "whole_factors",
+]
 
 GROUPS = (
     ("bit16_groups", "single_partition_of_fp32_groups"),
@@ -263,3 +272,34 @@ def _stand_in(value: Tensor, gradient: Tensor | None, shape: Sequence[int]) -> n
     p = nn.Parameter(shaped(value))
     p.grad = None if gradient is None else shaped(gradient)
     return p
+
+
+def in_pieces(
+    optimizer: Optimizer,
+    zero: Any,
+    group: dict[str, Any],
+    align: Callable[[Sequence[LoraPair], Sequence[Tensor], Callable[[Tensor], Any]], None],
+) -> Callable[[], None]:
+    """Align the gradients of what DeepSpeed is about to step.
+
+    Args:
+        optimizer: the torch optimizer that steps.
+        zero: DeepSpeed's optimizer around it.
+        group: the group of pairs.
+        align: aligns the gradients of pairs, given their factors and a factor's learning rate.
+    """
+    factors = ZeroFactors(zero, group["pairs"], group["params"])
+    seen: set[int] = set()
+
+    @torch.no_grad()
+    def align_now() -> None:
+        check_current([group])
+        for i, lr in factors.now(optimizer):
+            pairs, params = factors.pairs[i], factors.whole(i)
+            if i not in seen:
+                check_zeros(pairs, params)
+                seen.add(i)
+            align(pairs, params, lambda _, lr=lr: lr)  # type: ignore[misc]
+            factors.store(i, params)
+
+    return align_now

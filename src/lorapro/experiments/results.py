@@ -29,7 +29,7 @@ import pandas as pd
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.folders import ITEMS, METRICS, PREDICTIONS, RESULT, RUN, write_text
 
-__all__ = ["RESULTS", "Experiment", "Numbers", "Results", "read_results", "write_results"]
+__all__ = ["RESULTS", "Experiment", "Numbers", "Results", "merged", "read_results", "write_results"]
 
 RESULTS, COMPARISON = "results.json", "comparison.json"
 DIAGNOSTICS, COMPACT_DIAGNOSTICS = "diagnostics.jsonl", "diagnostics.csv.gz"
@@ -104,6 +104,34 @@ def read_results(*folders: str | Path) -> Results:
                 found, experiments[name] = _read_compact(root)
             rows += [{"experiment": name, **row} for row in found]
     return Results(pd.DataFrame(rows), experiments)
+
+
+def merged(results: Results) -> Results:
+    """Runs of several experiments as one, named and described as the first.
+
+    Of a run that is there twice, by task, row, point of the grid, rate and seed, the last is kept.
+
+    Raises:
+        UserError: runs of one cell that were told different things.
+    """
+    first = next(iter(results.experiments))
+    rows: dict[str, dict[str, Any]] = {}
+    told: dict[str, Mapping[str, Any]] = {}
+    for row in results.runs.to_dict("records"):
+        cell = json.dumps([row["task"], row["label"], row["axes"]], sort_keys=True, default=str)
+        known = told.setdefault(cell, row["config"])
+        for key in known.keys() & row["config"].keys():
+            if known[key] != row["config"][key]:
+                raise UserError(
+                    f"runs of {row['label']} cannot be merged: {key} is {known[key]!r} in one and "
+                    f"{row['config'][key]!r} in another"
+                )
+        place = f"{cell} {row['learning_rate']} {row['seed']}"
+        rows.pop(place, None)
+        rows[place] = {**row, "experiment": first}
+    order = {label: i for i, label in enumerate(dict.fromkeys(results.runs["label"]))}
+    runs = sorted(rows.values(), key=lambda row: order[row["label"]])
+    return Results(pd.DataFrame(runs), {first: results.experiments[first]})
 
 
 def _root(folder: Path, given: Path) -> Path:

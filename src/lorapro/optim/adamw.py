@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lorapro.choices import check_choice
 from lorapro.distributed.sharding import local, zeros_like_columns
-from lorapro.functional import Point, align_at, step_length
-from lorapro.gram import Rows, inner, trace
+from lorapro.functional import Point, align_at
+from lorapro.gram import Rows, trace
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, plain_gradients
 from lorapro.optim.base import BASE, PAIRS
 from lorapro.optim.batches import OF_A, OF_B, Batches, Part, batches_of
-from lorapro.optim.rules import Direction, Tangent, factored_adam, squared_means
-from lorapro.optim.tangent import Rule, TangentOptimizer, shrunk, store, tangent_of
+from lorapro.optim.rules import Tangent, factored_adam, squared_means
+from lorapro.optim.tangent import TangentOptimizer
 from lorapro.rates import DAMPING, chosen_rate
 
 __all__ = ["MODES", "LoraProAdamW"]
@@ -38,9 +38,9 @@ class LoraProAdamW(TangentOptimizer):
     that of LoRA's AdamW. ``mode="full"`` (Algorithm 3) keeps both moments of the equivalent
     gradient g̃, two (m, n) tensors a pair, takes ``h = m̂ / (√v̂ + ε)`` and steps along
     ``align(s·Bᵀh, s·h·Aᵀ)``. ``mode="factored"`` (ours) does the same at LoRA's memory: the first
-    moment is a tangent vector that moves with the factors, the second is kept as row and column
-    means of g̃∘g̃ (``lorapro.optim.tangent``); no (m, n) tensor is ever formed. The paper prints
-    ``v̂ = v/(1 − β1ᵗ)`` in Algorithm 2; it is β2.
+    moment is that of the two gradients, projected at every step, the second is kept as row and
+    column means of g̃∘g̃ (``lorapro.optim.rules``); no (m, n) tensor is ever formed. The paper
+    prints ``v̂ = v/(1 − β1ᵗ)`` in Algorithm 2; it is β2.
 
     ``damping = c > 0`` (ours) bounds d_A where B is small or of deficient rank: directions of
     ``s·B·A`` shorter than c steps are not divided by (:func:`lorapro.functional.align`). From
@@ -135,12 +135,10 @@ class LoraProAdamW(TangentOptimizer):
         """Step one group."""
         if group["role"] != PAIRS:
             self.adamw_update(*plain_gradients(group), group)
-        elif group["mode"] == "factored":
-            self.tangent_update(group)
-        else:
-            step = self._efficient if group["mode"] == "efficient" else self._full
-            for batches in batches_of(group["pairs"], group["params"]):
-                step(group, batches)
+            return
+        steps = {"efficient": self._efficient, "full": self._full, "factored": self._factored}
+        for batches in batches_of(group["pairs"], group["params"]):
+            steps[group["mode"]](group, batches)
 
     def _efficient(self, group: dict[str, Any], batches: Batches) -> None:
         """Algorithm 2: AdamW on the aligned gradients."""
@@ -150,21 +148,21 @@ class LoraProAdamW(TangentOptimizer):
     def _full(self, group: dict[str, Any], batches: Batches) -> None:
         """Algorithm 3: AdamW's moments of g̃, aligned again."""
         at = batches.point()
-        G = tangent_of(at, *align_at(at, x="zero"))
+        G = projected(at)
         self._make_full_state(batches)
         of_B = batches.params(OF_B)
         steps = self.held(of_B, STEP)
         m, v = (local(self.held(of_B, key)) for key in (EXP_AVG, EXP_AVG_SQ))
         torch._foreach_add_(steps + self.held(batches.params(OF_A), STEP), 1)
         t, s = batches.per_matrix(steps), at.s.to(at.dtype)
-        (beta1, beta2), lr = group["betas"], group["lr"]
+        beta1, beta2 = group["betas"]
         root = (1 - beta2**t).sqrt()
         sizes = [part.count for part in batches.parts]
         eps, scale = (
             x.to(at.dtype).split(sizes) for x in (group["eps"] * root, at.s * root / (1 - beta1**t))
         )
         A, G_A = (
-            batches.sharding.whole(X, [p.shape[1] for p in batches.parts]) for X in (at.A, G.A)
+            batches.sharding.whole(X, [p.shape[1] for p in batches.parts]) for X in (at.A, G[OF_A])
         )
         h_A: list[Tensor] = []
         h_B: list[Tensor] = []
@@ -172,23 +170,11 @@ class LoraProAdamW(TangentOptimizer):
         for i, (part, s_i) in enumerate(zip(batches.parts, s.split(sizes), strict=True)):
             here = slice(first, first + len(part.scalings))
             first = here.stop
-            g = torch.baddbmm(G.B[i].mT @ A[i], at.B[i].mT, G_A[i]).mul_(s_i)
+            g = torch.baddbmm(G[OF_B][i].mT @ A[i], at.B[i].mT, G_A[i]).mul_(s_i)
             h = _adam_direction(part, g, m[here], v[here], group["betas"], eps[i]).mul_(scale[i])
             h_A.append(at.B[i] @ h)
             h_B.append(A[i] @ h.mT)
-        h_A = batches.sharding.sum_to_columns(h_A)
-        if group["damping"]:
-            at = at.damped(group["damping"] * lr * step_length(at, at.total(inner((h_B, h_B)))))
-        at = at.along(
-            *(h if moves else None for h, moves in zip((h_A, h_B), batches.moves, strict=True))
-        )
-        new = [
-            None
-            if d is None
-            else [p - lr * q for p, q in zip(shrunk(P, lr, group["weight_decay"]), d, strict=True)]
-            for P, d in zip((at.A, at.B), align_at(at, x=group["x"]), strict=True)
-        ]
-        store(batches.moved, batches.moved_tensors(*new))
+        self.step_along(group, batches, at, (batches.sharding.sum_to_columns(h_A), h_B))
 
     def _make_full_state(self, batches: Batches) -> None:
         for part in batches.parts:
@@ -201,10 +187,6 @@ class LoraProAdamW(TangentOptimizer):
                 for key in (EXP_AVG, EXP_AVG_SQ):
                     self.check_state(B, key, (part.blocks, m, n))
 
-    def decay(self, group: dict[str, Any]) -> float:
-        """β1 of factored mode."""
-        return group["betas"][0]
-
     def new_state(self, A: Tensor, B: Tensor, blocks: int) -> None:
         """Momentum and the two means of factored mode."""
         super().new_state(A, B, blocks)
@@ -212,22 +194,24 @@ class LoraProAdamW(TangentOptimizer):
         self.state[B][ROWS] = zeros_like_columns(B, (blocks, m), 1)
         self.state[A][COLUMNS] = zeros_like_columns(A, (blocks, n), 1)
 
-    def rule(self, group: dict[str, Any], batches: Batches) -> Rule:
-        """Factored mode: AdamW with row and column means for a second moment."""
+    def _factored(self, group: dict[str, Any], batches: Batches) -> None:
+        """AdamW with row and column means for a second moment."""
         beta1, beta2 = group["betas"]
+        at = batches.point()
+        N = self.momenta(batches, (at.grad_A, at.grad_B), beta1)
+        m, n = batches.per_part(lambda shape: shape[0]), batches.per_part(lambda shape: shape[1])
+        rows, columns = squared_means(at, projected(at), m, n)
+        rows = self._average(batches, OF_B, ROWS, rows, beta2)
+        columns = self._average(batches, OF_A, COLUMNS, columns, beta2)
         t = batches.per_matrix(self.held(batches.params(OF_B), STEP))
-        m = batches.per_part(lambda shape: shape[0])
-        n = batches.per_part(lambda shape: shape[1])
-
-        def direction(at: Point, M: Tangent, G: Tangent) -> Direction:
-            rows, columns = squared_means(at, G, m, n)
-            rows = self._average(batches, OF_B, ROWS, rows, beta2)
-            columns = self._average(batches, OF_A, COLUMNS, columns, beta2)
-            root = (1 - beta2**t).sqrt()
-            scale, eps = root / (1 - beta1**t), group["eps"] * root
-            return factored_adam(at, M, rows, columns, batches.means_of_B(rows), scale, eps)
-
-        return direction
+        root = (1 - beta2**t).sqrt()
+        scale, eps = root / (1 - beta1**t), group["eps"] * root
+        M, means = projected(at.along(*N)), batches.means_of_B(rows)
+        h = factored_adam(at, M, rows, columns, means, scale, eps, m * n)
+        # Units in which s is 1 and the singular values of A have the root mean square 1.
+        unit_A = (at.s * trace(at.S_A) / at.S_A.shape[-1]).square()
+        unit_A = unit_A.clamp_min(torch.finfo(unit_A.dtype).tiny)
+        self.step_along(group, batches, at, h, unit_A)
 
     def _average(self, batches: Batches, side: int, key: str, new: Rows, beta: float) -> Rows:
         """Moving averages of what is kept of the parameters of every part."""
@@ -240,6 +224,15 @@ class LoraProAdamW(TangentOptimizer):
         ]
         torch._foreach_lerp_([h for of_part in held for h in of_part], values, 1 - beta)
         return [torch.cat(of_part).to(new[0].dtype) for of_part in held]
+
+
+def projected(at: Point) -> Tangent:
+    """The gradients as a tangent vector; the part of a frozen factor is zero."""
+    d_A, d_B = align_at(at, x="zero")
+    return (
+        [torch.zeros_like(a) for a in at.A] if d_A is None else d_A,
+        [torch.zeros_like(b) for b in at.B] if d_B is None else d_B,
+    )
 
 
 def efficient_directions(

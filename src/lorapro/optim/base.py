@@ -21,7 +21,7 @@ from lorapro.distributed.sharding import local, sharding_of
 from lorapro.distributed.zero import INSTEAD, refuse_pieces
 from lorapro.functional import X_CHOICES
 from lorapro.live import HELD, Places, check_current, check_gradients, name_of
-from lorapro.states import DESCRIBED, check_same, describe
+from lorapro.states import DESCRIBED, check_held, check_same, describe, keep_float32
 
 __all__ = ["BASE", "PAIRS", "PLAIN", "PairOptimizer"]
 
@@ -135,26 +135,8 @@ class PairOptimizer(Optimizer):
         self._has_stepped = True
 
     def check_state(self, p: Tensor, key: str, shape: Sequence[int]) -> None:
-        """Refuse a state that does not go with its parameter, by shape, dtype or device.
-
-        Raises:
-            ValueError: names the parameter, the entry and both.
-        """
-        held = self.state[p][key]
-        whole = hasattr(p, "placements") and not hasattr(held, "placements")
-        if held.shape != torch.Size(shape) or whole:
-            kind = " of a DTensor" if whole else ""
-            raise ValueError(
-                f"{key} of {self.name_of(p)} is {tuple(held.shape)}, expected {tuple(shape)}{kind}"
-                ": the state loaded was saved for another model, rank or sharding."
-            )
-        exact = p.dtype == torch.float16 and held.dtype == torch.float32
-        if held.device != p.device or not (held.dtype == p.dtype or exact):
-            raise ValueError(
-                f"{key} of {self.name_of(p)} is {held.dtype} on {held.device}, the parameter "
-                f"{p.dtype} on {p.device}: it was moved by model.to(…) after a step. Build a new "
-                "optimizer and load this one's state_dict."
-            )
+        """Refuse a state that does not go with its parameter: a ``ValueError`` names both."""
+        check_held(self.state[p][key], p, shape, f"{key} of {self.name_of(p)}")
 
     def name_of(self, p: Tensor) -> str:
         """What a parameter is called in messages."""
@@ -194,7 +176,7 @@ class PairOptimizer(Optimizer):
         live = [{k: g[k] for k in STRUCTURE if k in g} for g in self.param_groups]
         check_same(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
-        self._keep_float32(state_dict)
+        keep_float32(self, state_dict)
         for group, own in zip(self.param_groups, live, strict=True):
             for key in DESCRIBED:
                 group.pop(key, None)
@@ -206,16 +188,6 @@ class PairOptimizer(Optimizer):
                     if WEIGHT in self.state.get(p, {}):
                         p.copy_(self.state[p][WEIGHT])
         self._drop_carried_weights()
-
-    def _keep_float32(self, state_dict: dict[str, Any]) -> None:
-        """Undo torch's cast of float32 state to float16, which does not hold second moments."""
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key, p in zip(saved["params"], group["params"], strict=True):
-                if p.dtype == torch.float16:
-                    for name, value in state_dict["state"].get(key, {}).items():
-                        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
-                            where = self.state[p][name].device
-                            self.state[p][name] = value.detach().to(where, copy=True)
 
     def _drop_carried_weights(self) -> None:
         for group in self.param_groups:

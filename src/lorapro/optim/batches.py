@@ -106,6 +106,11 @@ class Batches:
     moves: tuple[bool, bool]
     sharding: Sharding
 
+    @property
+    def rank(self) -> int:
+        """Rank r of all pairs."""
+        return self.parts[0].rank
+
     def params(self, side: int) -> list[Tensor]:
         """The parameters of A or of B, part by part."""
         return [p for part in self.parts for p in part.params[side]]
@@ -158,11 +163,13 @@ class Batches:
         """The gradients of A or of B; ``None`` if it has none."""
         return self.rows(side, _gradient) if self.moves[side] else None
 
-    def point(self, gradients: bool = True) -> Point:
-        """The factors, and their gradients if they are asked for."""
+    def point(self, gradients: bool = True, length: Tensor | None = None) -> Point:
+        """The factors, and their gradients if they are asked for; see ``point_at``."""
         s = self.per_pair([s for p in self.parts for s in p.scalings for _ in range(p.blocks)])
         of_A, of_B = (self.gradients(side) if gradients else None for side in (OF_A, OF_B))
-        return point_at(self.rows(OF_A), self.rows(OF_B), s, of_A, of_B, self.sharding.total)
+        return point_at(
+            self.rows(OF_A), self.rows(OF_B), s, of_A, of_B, self.sharding.total, length
+        )
 
     def means_of_B(self, rows: Rows) -> Tensor:
         """Means of numbers (k, m), one for each row of B: (k, 1, 1) in float64."""

@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lorapro.choices import check_choice
 from lorapro.distributed.sharding import local
-from lorapro.distributed.zero import ZeroFactors, optimizers_of, refuse_pieces, whole_factors
+from lorapro.distributed.zero import in_pieces, optimizers_of, refuse_pieces, whole_factors
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
-from lorapro.live import HELD, check_current, check_gradients, check_zeros
+from lorapro.live import HELD, check_current, check_gradients
 from lorapro.optim.adamw import efficient_directions
 from lorapro.optim.batches import batches_of
 from lorapro.param_groups import lora_param_groups
@@ -96,7 +96,7 @@ def align_gradients(
     if around is None:
         align_now = _in_parameters(inner, group, align)
     else:
-        align_now = _in_pieces(inner, around, group, align)
+        align_now = in_pieces(inner, around, group, align)
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -156,26 +156,5 @@ def _in_parameters(optimizer: Optimizer, group: dict[str, Any], align: Any) -> C
             check_gradients(pairs, params, first=not group.get("aligned"))
         group["aligned"] = True
         align(pairs, params, lr_of)
-
-    return align_now
-
-
-def _in_pieces(
-    optimizer: Optimizer, zero: Any, group: dict[str, Any], align: Any
-) -> Callable[[], None]:
-    """Align the gradients of what DeepSpeed ZeRO is about to step."""
-    factors = ZeroFactors(zero, group["pairs"], group["params"])
-    seen: set[int] = set()
-
-    @torch.no_grad()
-    def align_now() -> None:
-        check_current([group])
-        for i, lr in factors.now(optimizer):
-            pairs, params = factors.pairs[i], factors.whole(i)
-            if i not in seen:
-                check_zeros(pairs, params)
-                seen.add(i)
-            align(pairs, params, lambda _, lr=lr: lr)
-            factors.store(i, params)
 
     return align_now

@@ -1,8 +1,8 @@
-"""Rules of full fine-tuning, applied to a tangent vector: from momentum to direction.
+"""Rules of full fine-tuning on the low-rank tangent space: from momentum to direction.
 
-A rule is a function that gets the factors and the momentum ``M = s·(B·M_A + M_B·A)`` and returns
-what full fine-tuning would do with M, as a :class:`Direction` ``h = L·core·R`` of rank 2r that is
-never multiplied out. A third rule is one more function of this kind and the class that calls it.
+A rule is a function of the factors and of what stands for the gradients. It returns what full
+fine-tuning would do, in terms of long rows that are there, and never forms an (m, n) matrix. A
+third rule is one more function of this kind and the class that calls it.
 
 Shape letters
     m, n  rows and columns of W;  r  rank;  k  pairs
@@ -11,103 +11,19 @@ Shape letters
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, baddbmm, bmm
 
 from lorapro.functional import Point
 from lorapro.gram import Rows, combine, inner, orthonormal, trace, unit
 
-__all__ = [
-    "Direction",
-    "Tangent",
-    "factored_adam",
-    "muon",
-    "muon_of_parts",
-    "polar",
-    "squared_means",
-]
+__all__ = ["factored_adam", "muon", "polar", "squared_means"]
+
+Tangent = tuple[Rows, Rows]
+"""The vector ``M = s·(B·M_A + M_B·A)``."""
 
 
-Frame = tuple[Rows, ...]
-"""Blocks of rows that lie under one another."""
-
-
-class Tangent(NamedTuple):
-    """A tangent vector ``s·(B·A_part + B_part·A)`` at some (A, B); rows."""
-
-    A: Rows
-    B: Rows
-
-    def lerp(self, end: Tangent, weight: float) -> Tangent:
-        """``(1 − weight)·self + weight·end``."""
-        old, new = ([*of.A, *of.B] for of in (self, end))
-        mixed = list(torch._foreach_lerp(old, new, weight))
-        return Tangent(mixed[: len(self.A)], mixed[len(self.A) :])
-
-    def frame(self, at: Point) -> tuple[Frame, Frame]:
-        """``R = [A_part; A]`` and ``L = [B, B_part]``: the vector is ``s·L·R``."""
-        return (self.A, at.A), (at.B, self.B)
-
-
-@dataclass(frozen=True)
-class Direction:
-    """``h = L·core·R`` with L (m, 2r) and R (2r, n).
-
-    Attributes:
-        left: the frame Lᵀ.
-        right: the frame R.
-        core: (k, 2r, 2r).
-        left_B: ``Bᵀ·L``, (k, r, 2r).
-        right_A: ``R·Aᵀ``, (k, 2r, r).
-        left_left: ``Lᵀ·L``, (k, 2r, 2r).
-    """
-
-    left: Frame
-    right: Frame
-    core: Tensor
-    left_B: Tensor
-    right_A: Tensor
-    left_left: Tensor
-
-
-def muon(at: Point, M: Tangent, speed: Tensor) -> Direction:
-    """Muon: ``h = speed·U·Vᵀ`` where ``M = U Σ Vᵀ``, all 2r directions at one speed.
-
-    ``M = [B, M_B]·[M_A; A]``; its polar factor is that of a (2r, 2r) core in orthonormal
-    coordinates: those of B, of M_B (orthogonal to B by the choice X = 0), of A and of the part of
-    M_A outside the rows of A.
-
-    Args:
-        at: the factors.
-        M: the momentum.
-        speed: the length of every direction, (k, 1, 1).
-    """
-    AA, across_A, BB, across_B = at.total(inner((M.A, M.A, at.A), (M.B, M.B, at.B))).chunk(4)
-    r = at.S_A.shape[-1]
-    inside = bmm(across_A, at.inv_A.full)  # M_A = inside·A + what is outside the rows of A
-    outside = baddbmm(AA, inside, across_A.mT, alpha=-1)
-    sizes = torch.cat([trace(G) for G in (AA, at.S_A, at.S_B, BB)])
-    grams = torch.cat([outside, at.S_A, at.S_B, BB])
-    V, roots = (T.chunk(4) for T in orthonormal(grams, sizes, at.dtype))
-    core, to_left, to_right = (AA.new_zeros(len(AA), 2 * r, 2 * r) for _ in range(3))
-    core[:, :r, :r] = bmm(roots[2].mT, roots[0])
-    core[:, :r, r:] = bmm(roots[2].mT, bmm(inside, roots[1]))
-    core[:, r:, r:] = bmm(roots[3].mT, roots[1])
-    to_left[:, :r, :r], to_left[:, r:, r:] = V[2], V[3]
-    to_right[:, :r, :r], to_right[:, r:, r:] = V[0], V[1]
-    to_right[:, :r, r:] = -bmm(V[0], inside)
-    core = bmm(bmm(to_left.mT, speed * polar(core, at.dtype)), to_right)
-    right, left = M.frame(at)
-    left_B = torch.cat([at.S_B, across_B.mT], -1)
-    left_left = torch.cat([left_B, torch.cat([across_B, BB], -1)], -2)
-    right_A = torch.cat([across_A, at.S_A], -2)
-    return Direction(left, right, core, left_B, right_A, left_left)
-
-
-def muon_of_parts(
+def muon(
     at: Point, N: tuple[Rows | None, Rows | None], speed: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Muon on each part of the step of W, ``s·B·d_A`` and ``s·d_B·A``, in the geometry of W.
@@ -143,14 +59,14 @@ def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Ro
     ``g̃ = s·L·R``, so the squares of row i sum to ``s²·l·(R·Rᵀ)·lᵀ`` with l row i of L; likewise for
     columns. g̃ is not formed. m and n are those of the whole weight, (k, 1, 1).
     """
-    right, left = (_under(*frame) for frame in G.frame(at))
+    right, left = _frame(at, G)
     rows, sizes = [*left, *right], [len(x) for x in (*left, *right)]
     grams = at.total(inner((left, left), (right, right)))
     # Rows in units of their lengths, squares in units of their sum: where B is tiny, G_A is huge,
     # and the squares of either are no float32. Powers of two, so that nothing is rounded by it.
     size = _root_by_two(grams.diagonal(dim1=-2, dim2=-1))[..., None]
     rows = list(torch._foreach_div(rows, list(size.to(at.dtype).split(sizes))))
-    others = torch.cat([at.s.square() / x for x in (n, m)]) * grams.roll(len(at.s), 0)
+    others = (at.s.square() / torch.stack([n, m])).flatten(0, 1) * grams.roll(len(at.s), 0)
     others = size * others * size.mT
     root = _root_by_two(trace(others))
     seen = torch._foreach_mul(list(combine((others / root.square(), rows))), rows)
@@ -167,12 +83,21 @@ def _root_by_two(x: Tensor) -> Tensor:
 
 
 def factored_adam(
-    at: Point, M: Tangent, rows: Rows, columns: Rows, means: Tensor, scale: Tensor, eps: Tensor
-) -> Direction:
+    at: Point,
+    M: Tangent,
+    rows: Rows,
+    columns: Rows,
+    means: Tensor,
+    scale: Tensor,
+    eps: Tensor,
+    entries: Tensor,
+) -> tuple[Rows, Rows]:
     """AdamW with a second moment of row and column means: ``h = D_row·M̂·D_col``.
 
     ``v̂ ≈ rows·columns/means``, so ``D_row = 1/√(rows/means)`` and
-    ``D_col = 1/(√(columns/means) + ε/√means)``, with ``1/√means`` left to ``scale``.
+    ``D_col = 1/(√(columns/means) + ε/√means)``, with ``1/√means`` left to ``scale``. An h of root
+    mean square above 1 is shortened to that, as Adafactor does: where B has turned since, what the
+    momentum of A says of W may be far too long.
 
     Args:
         at: the factors.
@@ -182,8 +107,12 @@ def factored_adam(
         means: of all rows, wherever they are held, (k, 1, 1).
         scale: (k, 1, 1), both bias corrections: ``√(1 − β2ᵗ)/(1 − β1ᵗ)``.
         eps: ``ε·√(1 − β2ᵗ)``, (k, 1, 1).
+        entries: ``m·n`` of the whole weight, (k, 1, 1).
+
+    Returns:
+        ``(s·Bᵀh, s·h·Aᵀ)`` as rows.
     """
-    right, left = (_under(*frame) for frame in M.frame(at))
+    right, left = _frame(at, M)
     sizes, means = [len(x) for x in right], unit(means)
     root_mean = means.rsqrt()
     units, floors = (x[..., 0].to(at.dtype).split(sizes) for x in (means, eps * root_mean))
@@ -193,11 +122,24 @@ def factored_adam(
     torch._foreach_add_(roots[len(left) :], floors)
     scaled = torch._foreach_div([*left, *right], [root[:, None] for root in roots])
     left, right = list(scaled[: len(left)]), list(scaled[len(left) :])
-    left_left = at.total(inner((left, left)))
-    left_B, right_A = at.total(inner((at.B, left), (at.A, right))).chunk(2)
-    eye = torch.eye(left_left.shape[-1], dtype=at.s.dtype, device=at.s.device)
-    core = at.s * scale * root_mean * eye
-    return Direction((left,), (right,), core, left_B, right_A.mT, left_left)
+    size = at.s * scale * root_mean  # h = size·leftᵀ·right
+    r = at.S_A.shape[-1]
+    grams = [inner((left, left), (right, right)), inner((at.B, left), (at.A, right))]
+    seen = at.total(torch.cat(grams, -2)).unflatten(0, (2, -1))
+    square = size.square() * seen[:, :, : 2 * r].prod(0).sum((-2, -1), keepdim=True)
+    size = at.s * size / (square / entries).clamp_min(1).sqrt()
+    C = (seen[:, :, 2 * r :] * size).flatten(0, 1)
+    # Where B is huge, its square is no float32, and M_A is tiny; likewise A.
+    root = _root_by_two(torch.linalg.vector_norm(C, float("inf"), (-2, -1), keepdim=True))
+    h = torch._foreach_mul(
+        list(combine((C / root, [*right, *left]))), list(root.to(at.dtype).split([*sizes, *sizes]))
+    )
+    return h[: len(left)], h[len(left) :]
+
+
+def _frame(at: Point, M: Tangent) -> tuple[list[Tensor], list[Tensor]]:
+    """``R = [M_A; A]`` and ``Lᵀ``, ``L = [B, M_B]``: the vector is ``s·L·R``."""
+    return _under(M[0], at.A), _under(at.B, M[1])
 
 
 def _under(X: Rows, Y: Rows) -> list[Tensor]:

@@ -1,58 +1,39 @@
-"""Full fine-tuning's rules on the low-rank tangent space, at LoRA's memory.
+"""What the optimizers on the low-rank tangent space share: momenta, and a step along a direction.
 
-One step of every optimizer built on this file::
+Full fine-tuning's rules at LoRA's memory. One step of each::
 
-    project    (G_A, G_B) = align(grad_A, grad_B), X = 0: the gradient as a tangent vector
-    momentum   M ← β·M + (1 − β)·G, in the coordinates M = s·(B·M_A + M_B·A)
-    rule       h = rule(M): what full fine-tuning would do with M (``lorapro.optim.rules``)
+    momentum   N_A ← β·N_A + (1 − β)·grad_A,  N_B likewise: what M, the momentum of g, would give
+    rule       h: what full fine-tuning would do with M (``lorapro.optim.rules``)
     align      (d_A, d_B) = align(s·Bᵀh, s·h·Aᵀ), damped; A ← A − γ·d_A, B ← B − γ·d_B
-    transport  M ← projection of M on the tangent space at the new factors
 
-Nothing here depends on how A and B share a product or on α: rules, damping and transport see
-``s·B·A`` only, and ``x="sylvester"`` weighs A and B in units in which s is 1 and A's singular
-values have the root mean square 1.
+Nothing here depends on how A and B share a product or on α: rules and damping see ``s·B·A`` only.
 
-Shape letters
-    m, n   rows and columns of W;   r  rank;   k  pairs;   s  scaling (k, 1, 1)
-    A, M_A, G_A, d_A  rows (k, r, n);   B, M_B, G_B, d_B  rows of the transpose (k, r, m)
+Shape letters: rows of A (k, r, n), rows of the transpose of B (k, r, m); k pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, bmm
+from torch import Tensor
 
 from lorapro.distributed.sharding import local
-from lorapro.functional import Point, align_at, shares, step_length
-from lorapro.gram import Rows, combine, inner, inverses, spread, trace
+from lorapro.functional import Point, align_at, step_length
+from lorapro.gram import Rows, inner
 from lorapro.optim.adam_rule import STEP, AdamRule
-from lorapro.optim.batches import OF_A, OF_B, Batches, batches_of
-from lorapro.optim.rules import Direction, Tangent
+from lorapro.optim.batches import OF_A, OF_B, Batches
 
-__all__ = ["Rule", "TangentOptimizer", "align_direction", "transport"]
+__all__ = ["TangentOptimizer", "shrunk", "store"]
 
 MOMENTUM = "momentum"
 
-Rule = Callable[[Point, Tangent, Tangent], Direction]
-"""(factors, momentum, gradient) -> direction."""
+Both = tuple[Rows | None, Rows | None]
+"""Something of A and of B; ``None`` for a factor that stays."""
 
 
 class TangentOptimizer(AdamRule):
-    """Base of the optimizers that run a full fine-tuning rule on the tangent space.
-
-    Subclasses say how fast momentum decays (:meth:`decay`) and give the rule (:meth:`rule`).
-    """
-
-    def decay(self, group: dict[str, Any]) -> float:
-        """β of the momentum."""
-        raise NotImplementedError
-
-    def rule(self, group: dict[str, Any], batches: Batches) -> Rule:
-        """The rule with what it keeps of these pairs."""
-        raise NotImplementedError
+    """Base of the optimizers that keep a momentum of each factor's gradient."""
 
     def new_state(self, A: Tensor, B: Tensor, blocks: int) -> None:
         """Make the state of the pairs in two parameters; subclasses add their rule's."""
@@ -70,123 +51,58 @@ class TangentOptimizer(AdamRule):
                 self.check_state(A, MOMENTUM, A.shape)
         torch._foreach_add_(self.held(batches.params(OF_B), STEP), 1)
 
-    def momentum(self, batches: Batches, side: int) -> Rows:
-        """The momentum of A or of B as rows."""
-        return batches.rows(side, lambda p: self.state[p][MOMENTUM])
+    def momenta(self, batches: Batches, G: Both, beta: float, nesterov: bool = False) -> Both:
+        """Average the gradients into the momenta; these, or what they will be one step ahead."""
+        self.count_step(batches)
+        averages: list[Rows | None] = [None, None]
+        for side in (OF_A, OF_B):
+            new = G[side]
+            if new is not None:
+                M = batches.rows(side, lambda p: self.state[p][MOMENTUM])
+                M = torch._foreach_lerp(list(M), list(new), 1 - beta)
+                store(self.held(batches.params(side), MOMENTUM), batches.tensors(side, M))
+                averages[side] = torch._foreach_lerp(list(new), M, beta) if nesterov else M
+        return averages[OF_A], averages[OF_B]
 
-    def keep_momentum(self, batches: Batches, side: int, M: Rows) -> None:
-        """Store rows as the momentum of A or of B."""
-        store(self.held(batches.params(side), MOMENTUM), batches.tensors(side, M))
+    def step_along(
+        self,
+        group: dict[str, Any],
+        batches: Batches,
+        at: Point,
+        h: tuple[Rows, Rows],
+        weight_B: Tensor | float = 1.0,
+    ) -> None:
+        """``W ← (1 − γλ)·s·B·A − γ·h`` as far as the factors can: align, damped, and write.
 
-    @torch.no_grad()
-    def tangent_update(self, group: dict[str, Any]) -> None:
-        """One step of every pair of a group."""
-        for batches in batches_of(group["pairs"], group["params"]):
-            self.count_step(batches)
-            momentum = (self.momentum(batches, side) for side in (OF_A, OF_B))
-            rule = self.rule(group, batches)
-            factors, M = tangent_step(
-                batches.point(), Tangent(*momentum), rule, self.decay(group), group, batches
-            )
-            store(batches.moved, batches.moved_tensors(*factors))
-            for side, rows in enumerate(M):
-                self.keep_momentum(batches, side, rows)
-
-
-def tangent_step(
-    at: Point, M: Tangent, rule: Rule, beta: float, group: dict[str, Any], batches: Batches
-) -> tuple[tuple[Rows, Rows], Tangent]:
-    """New factors and new momentum, from the old ones and the gradients."""
-    lr, decay = group["lr"], group["weight_decay"]
-    G = tangent_of(at, *align_at(at, x="zero"))
-    M = M.lerp(G, 1 - beta)
-    directions = align_direction(
-        at, rule(at, M, G), group["damping"] * lr, group["x"], batches.moves
-    )
-    A, B = (
-        rounded(combine(*((-lr * C, X) for C, X in terms), onto=shrunk(old, lr, decay)), params[0])
-        if terms
-        else old
-        for old, terms, params in zip(
-            (at.A, at.B), directions, batches.parts[0].params, strict=True
-        )
-    )
-    return (A, B), transport(at, M, A, B)
+        Args:
+            group: the group.
+            batches: the pairs.
+            at: their factors.
+            h: ``(s·Bᵀh, s·h·Aᵀ)`` as rows.
+            weight_B: see :func:`lorapro.functional.shares`.
+        """
+        lr = group["lr"]
+        if group["damping"]:
+            length = step_length(at, at.total(inner((h[OF_B], h[OF_B]))))
+            at = at.damped(group["damping"] * lr * length)
+        at = at.along(*(x if moves else None for x, moves in zip(h, batches.moves, strict=True)))
+        directions = align_at(at, x=group["x"], weight_B=weight_B)
+        new = [
+            None
+            if d is None
+            else torch._foreach_sub(list(shrunk(X, group)), torch._foreach_mul(list(d), lr))
+            for X, d in zip((at.A, at.B), directions, strict=True)
+        ]
+        store(batches.moved, batches.moved_tensors(*new))
 
 
-def shrunk(X: Rows, lr: float | Tensor, decay: float) -> Rows:
+def shrunk(X: Rows, group: dict[str, Any]) -> Rows:
     """``√(1 − γλ)·X``: both factors so, and their product decays by ``1 − γλ``."""
-    if not decay:
+    if not group["weight_decay"]:
         return X
-    keep = 1 - lr * decay
+    keep = 1 - group["lr"] * group["weight_decay"]
     keep = keep.clamp_min(0.0) if isinstance(keep, Tensor) else max(keep, 0.0)
     return [keep**0.5 * x for x in X]
-
-
-def rounded(X: Rows, like: Tensor) -> Rows:
-    """Rows rounded to the dtype of the parameters."""
-    return [x.to(like.dtype).to(x.dtype) for x in X]
-
-
-def tangent_of(at: Point, d_A: Rows | None, d_B: Rows | None) -> Tangent:
-    """Directions as a tangent vector; a frozen factor's part is zero."""
-    return Tangent(
-        [torch.zeros_like(a) for a in at.A] if d_A is None else d_A,
-        [torch.zeros_like(b) for b in at.B] if d_B is None else d_B,
-    )
-
-
-Combination = list[tuple[Tensor, Rows]]
-
-
-def align_direction(
-    at: Point,
-    h: Direction,
-    reach: float | Tensor,
-    x: str,
-    moves: tuple[bool, bool] = (True, True),
-) -> tuple[Combination, Combination]:
-    """``align(s·Bᵀh, s·h·Aᵀ)``, damped, as combinations of the rows of h and of the factors.
-
-    Args:
-        at: the factors.
-        h: the direction.
-        reach: γ times the number of steps within which a direction of ``s·B·A`` is damped; a step
-            is as long as h makes it when B takes it alone.
-        x: the choice of X, in units in which A and B weigh the same (``weight_B``).
-        moves: which of A and B are trained; the combination of the other is empty.
-    """
-    square = at.s**-2
-    to_A = at.s * bmm(h.left_B, h.core)  # s·Bᵀ·h = to_A·R
-    to_B = at.s * bmm(h.core, h.right_A).mT  # s·A·hᵀ = to_B·Lᵀ
-    if isinstance(reach, Tensor) or reach:
-        at = at.damped(reach * step_length(at, bmm(bmm(to_B, h.left_left), to_B.mT)))
-    d_A = [*spread(square * bmm(at.inv_B.full, to_A), h.right)] if moves[0] else []
-    d_B = [*spread(square * bmm(at.inv_A.full, to_B), h.left)] if moves[1] else []
-    if all(moves):
-        mean = (at.s * trace(at.S_A) / at.S_A.shape[-1]).square()
-        weight = mean.clamp_min(torch.finfo(mean.dtype).tiny)
-        Y, Z = shares(at, bmm(to_A, h.right_A), x, weight)
-        d_A += [] if Z is None else [(square * bmm(Z, at.inv_A.full), at.A)]
-        d_B += [(-square * bmm(at.inv_A.full, Y.mT), at.B)]
-    return d_A, d_B
-
-
-def transport(at: Point, M: Tangent, A: Rows, B: Rows) -> Tangent:
-    """Carry a tangent vector to other factors (A', B'), by orthogonal projection.
-
-    ::
-
-        M_A' = S_B'⁻¹ B'ᵀ M          M_B' = (I − P_B') M A'ᵀ S_A'⁻¹       M = B·M_A + M_B·A
-    """
-    right, left = M.frame(at)  # M = left·right
-    seen = at.total(inner((A, A, M.A, at.A), (B, B, at.B, M.B))).chunk(6)
-    inv_A, inv_B = inverses((seen[0], seen[3]), at.dtype)
-    to_A = bmm(inv_A.full, torch.cat(seen[1:3], -1))  # S_A'⁻¹·A'·Rᵀ
-    to_B = bmm(inv_B.full, torch.cat(seen[4:], -1))  # S_B'⁻¹·B'ᵀ·L
-    return Tangent(
-        combine(*spread(to_B, right)), combine(*spread(to_A, left), (-bmm(to_A, to_B.mT), B))
-    )
 
 
 def store(held: list[Tensor], values: list[Tensor]) -> None:

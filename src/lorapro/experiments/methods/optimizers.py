@@ -230,7 +230,6 @@ OPTIMIZERS: dict[str, OptimizerPart] = {
         _ours("lora-pro-full", "LoRA-Pro, full mode", mode="full"),
         _ours("lora-pro-factored", "AdamW on the tangent space", mode="factored"),
         _ours("lora-pro-muon", "Muon on each part of the step of W", "muon"),
-        _ours("lora-pro-muon-whole", "Muon on the tangent space", "muon", polar="whole"),
         _ours("lora-pro-sgd", "LoRA-Pro, SGD (Algorithm 1)", "sgd"),
     )
 }

@@ -40,7 +40,8 @@ class Table:
 
     def markdown(self) -> str:
         """The table as Markdown, its notes below."""
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        rows = [[" ".join(c.split()).replace("|", "\\|") for c in cells] for cells in self.rows]
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *rows]
         text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
         return text + ("\n" + "\n".join(self.notes) + "\n" if self.notes else "")
 

@@ -25,7 +25,7 @@ RATES: dict[str, float] = {
     "efficient": 1e-3,
     "full": 3e-4,
     "factored": 3e-4,
-    "muon": 2e-3,
+    "muon": 1e-3,
     "sgd": 1e-1,  # not measured
 }
 DAMPING: dict[str, float] = {
@@ -48,7 +48,7 @@ def default_rate(optimizer: str = "adamw", mode: str = "efficient") -> float:
         ValueError: there is no such optimizer or mode.
 
     >>> default_rate("muon"), default_rate("adamw", "full")
-    (0.002, 0.0003)
+    (0.001, 0.0003)
     """
     check_choice("optimizer", optimizer, ("adamw", "sgd", "muon"))
     modes = ("efficient", "full", "factored")

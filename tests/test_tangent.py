@@ -264,3 +264,64 @@ def test_a_frozen_factor_stays_and_momentum_with_it(rule):
         optimizer.step()
     assert torch.equal(A, kept)
     assert float((2.0 * (B @ A).detach() * G).sum()) < 0
+
+
+@every_rule
+@pytest.mark.parametrize("samples", [1, 2])
+def test_least_squares_from_few_samples_a_step_neither_jumps_nor_diverges(rule, samples):
+    """Gradients of rank 1 and 2 under rank 16, where A could lose its condition."""
+    m, n, lr = 32, 24, 1e-2
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    teacher = normal(m, 4) @ normal(4, n) / 8
+    A, B = nn.Parameter(normal(16, n) / n**0.5), nn.Parameter(torch.zeros(m, 16))
+    pair = LoraPair("w", A, B, scaling=2.0)
+    optimizer = build(rule, lorapro.lora_param_groups(None, pairs=[pair]), lr=lr)
+
+    def weight():
+        return 2.0 * (pair.B @ pair.A).detach()
+
+    longest = 0.0
+    for _ in range(250):
+        inputs, before = normal(n, samples), weight()
+        feed_dense_gradient(pair, (before - teacher) @ inputs @ inputs.T / samples)
+        optimizer.step()
+        longest = max(longest, float((weight() - before).norm()))
+    assert longest <= 1.2 * lr * (m * n) ** 0.5
+    assert (weight() - teacher).norm() < 0.5 * teacher.norm()
+
+
+@every_rule
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_weight_decay_shrinks_the_product_when_one_factor_is_frozen_too(rule, frozen):
+    rng = np.random.default_rng(0)
+    pair = by_hand(rng.standard_normal((3, 8)), rng.standard_normal((6, 3)))
+    getattr(pair, frozen).requires_grad_(False)
+    start = (pair.B @ pair.A).detach()
+    groups = lorapro.lora_param_groups(None, pairs=[pair])
+    optimizer = build(rule, groups, lr=0.1, weight_decay=1.0)
+    for p in (pair.A, pair.B):
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    torch.testing.assert_close((pair.B @ pair.A).detach(), 0.9 * start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-4, 1.0])
+def test_factored_steps_of_half_precision_factors_are_as_long_as_those_of_float32(dtype, size):
+    moved = []
+    for kind in (torch.float32, dtype):
+        generator = torch.Generator().manual_seed(0)
+        A, B = (torch.randn(s, generator=generator).to(dtype).to(kind) for s in ((4, 24), (16, 4)))
+        pair = LoraPair("w", nn.Parameter(A.clone()), nn.Parameter(B.clone()), scaling=1.0)
+        optimizer = build("factored", lorapro.lora_param_groups(None, pairs=[pair]), lr=0.05)
+        for _ in range(3):
+            g = size * torch.randn(16, 24, generator=generator)
+            pair.A.grad, pair.B.grad = (B.float().T @ g).to(kind), (g @ A.float().T).to(kind)
+            optimizer.step()
+        assert optimizer.state[pair.B]["row_means"].dtype == torch.float32
+        moved.append((pair.B.float() @ pair.A.float() - B.float() @ A.float()).detach())
+    assert (moved[1] - moved[0]).norm() < 0.15 * moved[0].norm()

@@ -45,7 +45,6 @@ __all__ = [
     "equivalent_gradient",
     "point_at",
     "predicted_decrease",
-    "shares",
     "step_length",
     "tangent_projection",
 ]
@@ -205,50 +204,32 @@ def _damped(S_B: Tensor, length: Tensor, inv_A: Inverse, dtype: torch.dtype) -> 
     return inverse(torch.baddbmm(S_B, root.mT, root), dtype)
 
 
-def align_at(
-    at: Point, *, x: str, weight_B: Tensor | float = 1.0
-) -> tuple[Rows | None, Rows | None]:
+def align_at(at: Point, *, x: str) -> tuple[Rows | None, Rows | None]:
     """:func:`align` on rows of many shapes; ``None`` where a factor is frozen.
 
-    ``d_A = s⁻²(S_B⁻¹·grad_A + Z·S_A⁻¹·A)``, ``d_B = s⁻²(grad_B − B·Y)·S_A⁻¹``, Y and Z of
-    :func:`shares`. Rows are multiplied by roots of an inverse, never by an inverse: in float32 they
-    lose the condition of a factor, not its square. ``weight_B``: see :func:`shares`.
+    ``d_A = s⁻²(S_B⁻¹·grad_A + Z·S_A⁻¹·A)``, ``d_B = s⁻²(grad_B − B·Y)·S_A⁻¹``, and this is the one
+    place where ``X = s⁻²·Z·S_A⁻¹`` is chosen: ``Z = Y − S_B⁻¹·K`` with ``Y = S_B⁻¹·K`` (zero), half
+    of it (symmetric), or the solution of ``S_B·Y + Y·S_A = K`` (sylvester), whether ``S_B⁻¹`` is
+    damped or not. What Y lacks in precision goes to X, where the equivalent gradient does not see
+    it. Rows are multiplied by roots of an inverse, never by an inverse: in float32 they lose the
+    condition of a factor, not its square.
     """
     square, to_A, of_B = at.s**-2, [], at.grad_B
     if at.K is not None:
-        Y, Z = shares(at, at.K, x, weight_B)
-        if Z is not None:
-            to_A = [(square * bmm(Z, at.inv_A.V.mT), combine((at.inv_A.E, at.A)))]
+        Y = all_A = bmm(at.inv_B.full, at.K)
+        if x != "zero":
+            Y = (
+                0.5 * all_A
+                if x == "symmetric"
+                else solve_sylvester(at.S_B, at.S_A, at.K, at.inv_A.full, at.dtype)
+            )
+            Z = square * bmm(Y - all_A, at.inv_A.V.mT)
+            to_A = [(Z, combine((at.inv_A.E, at.A)))]
         of_B = combine((-Y.mT, at.B), onto=at.grad_B)
     return (
         None if at.grad_A is None else at.inv_B(at.grad_A, square, *to_A),
         None if of_B is None else at.inv_A(of_B, square),
     )
-
-
-def shares(
-    at: Point, K: Tensor, x: str, weight_B: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor | None]:
-    """Y, and ``Z = Y − S_B⁻¹·K``: the one place where X, which is ``s⁻²·Z·S_A⁻¹``, is chosen.
-
-    ``Y = S_B⁻¹·K`` (zero), half of it (symmetric), or the solution of ``S_B·Y + Y·S_A/w = K``
-    (sylvester), whether ``S_B⁻¹`` is damped or not. What Y lacks in precision goes to X, where the
-    equivalent gradient does not see it.
-
-    Args:
-        at: the factors.
-        K: ``grad_A·Aᵀ``, (k, r, r).
-        x: the choice of X; for ``"zero"`` Z is returned as ``None``.
-        weight_B: w, by which ``"sylvester"`` weighs ``‖d_B − grad_B‖²``; 1 is the paper's.
-    """
-    all_A = bmm(at.inv_B.full, K)
-    if x == "zero":
-        return all_A, None
-    if x == "symmetric":
-        return 0.5 * all_A, -0.5 * all_A
-    inv_Q = weight_B * at.inv_A.full
-    Y = solve_sylvester(at.S_B, at.S_A / weight_B, K, inv_Q, at.dtype)
-    return Y, Y - all_A
 
 
 def step_length(at: Point, gram_B: Tensor) -> Tensor:

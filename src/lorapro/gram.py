@@ -27,7 +27,6 @@ __all__ = [
     "inverse",
     "inverses",
     "solve_sylvester",
-    "spread",
     "trace",
     "unit",
 ]
@@ -69,12 +68,6 @@ def inner(*sets: Sequence[Rows]) -> Tensor:
                 of_Y.append(bmm(exact, (exact if y is x else y.double()).mT))
         products += own
     return torch.cat([product for of_Y in products for product in of_Y])
-
-
-def spread(C: Tensor, frame: Sequence[Rows]) -> list[tuple[Tensor, Rows]]:
-    """``C·[X; Y; …]`` as terms of :func:`combine`, without putting rows under one another."""
-    parts = C.to(frame[0][0].dtype).split([X[0].shape[-2] for X in frame], -1)
-    return list(zip(parts, frame, strict=True))
 
 
 def combine(*terms: tuple[Tensor, Rows], onto: Rows | None = None) -> Rows:

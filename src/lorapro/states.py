@@ -13,6 +13,7 @@ from lorapro.factors import LoraPair
 
 __all__ = ["DESCRIBED", "check_held", "check_same", "describe", "keep_float32"]
 
+SAME = "build the same optimizer to go on from it"
 DESCRIBED = ("names", "scalings", "layouts", "blocks", "shapes", "momenta")
 
 
@@ -46,14 +47,15 @@ def check_same(state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         _check_names(saved, group)
         if state["state"] and "pairs" in group:
             if _rule(saved) != _rule(group):
+                then = "begin a new one from the saved adapter" if "gone" in _rule(saved) else SAME
                 raise ValueError(
                     f"the saved state is that of {_rule(saved)}, this optimizer runs "
-                    f"{_rule(group)}; build the same optimizer to go on from it."
+                    f"{_rule(group)}; {then}."
                 )
-            if saved.get("x", group["x"]) != group["x"]:
+            if saved.get("x", group["x"]) != group["x"] and _sees_x(group):
                 raise ValueError(
                     f"the saved state is that of x={saved['x']!r}, this optimizer has "
-                    f"x={group['x']!r}; build the same optimizer to go on from it."
+                    f"x={group['x']!r}; {SAME}."
                 )
             _check_shapes(saved, group["pairs"])
 
@@ -77,7 +79,7 @@ def check_held(held: Tensor, p: Tensor, shape: Sequence[int], called: str) -> No
             f"{called} is {tuple(held.shape)}, expected {tuple(shape)}{kind}: the state loaded was "
             "saved for another model, rank or sharding."
         )
-    exact = p.dtype == torch.float16 and held.dtype == torch.float32
+    exact = p.dtype in (torch.float16, torch.bfloat16) and held.dtype == torch.float32
     if held.device != p.device or not (held.dtype == p.dtype or exact):
         raise ValueError(
             f"{called} is {held.dtype} on {held.device}, the parameter {p.dtype} on {p.device}: it "
@@ -87,14 +89,18 @@ def check_held(held: Tensor, p: Tensor, shape: Sequence[int], called: str) -> No
 
 
 def keep_float32(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Undo torch's cast of float32 state to float16, which does not hold second moments."""
+    """Undo torch's cast of float32 state to the dtype of a parameter that does not hold it.
+
+    float16 does not hold second moments, bfloat16 no average of row or column means.
+    """
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
         for key, p in zip(saved["params"], group["params"], strict=True):
-            if p.dtype == torch.float16:
-                for name, value in state["state"].get(key, {}).items():
-                    if isinstance(value, Tensor) and value.dtype == torch.float32:
-                        where = optimizer.state[p][name].device
-                        optimizer.state[p][name] = value.detach().to(where, copy=True)
+            for name, value in state["state"].get(key, {}).items():
+                small = p.dtype == torch.float16
+                small |= p.dtype == torch.bfloat16 and name.endswith("_means")
+                if small and isinstance(value, Tensor) and value.dtype == torch.float32:
+                    where = optimizer.state[p][name].device
+                    optimizer.state[p][name] = value.detach().to(where, copy=True)
 
 
 def _check_names(saved: dict[str, Any], group: dict[str, Any]) -> None:
@@ -122,6 +128,11 @@ def _check_shapes(saved: dict[str, Any], pairs: Sequence[LoraPair]) -> None:
                 f"{n}, here it has rank {rank} on {rows} × {columns}: it was saved for another "
                 "model or rank."
             )
+
+
+def _sees_x(group: dict[str, Any]) -> bool:
+    """Whether the choice of X changes what a group does: not so in factored mode and Muon."""
+    return group.get("mode") != "factored" and not {"momentum", "betas"} <= set(group)
 
 
 def _rule(group: dict[str, Any]) -> str:

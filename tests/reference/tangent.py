@@ -26,14 +26,6 @@ def polar(M, tolerance=1e-6):
     return U[:, kept] @ Vt[kept]
 
 
-def share(A, B, g, s, x, length):
-    """(d_A, d_B) of a dense direction g, in units in which s is 1 and A has the mean square 1."""
-    size = np.sqrt(np.trace(A @ A.T) / len(A)) if A.any() else 1.0
-    A, B = A / size, s * size * B
-    d_A, d_B = damped(A, B, g, x, length)
-    return size * d_A, d_B / (s * size)
-
-
 def damped(A, B, g, x, length):
     """Theorem 2.1 with s = 1 and (S_B + ℓ²·S_A⁻¹)⁻¹ for S_B⁻¹."""
     if not length:
@@ -101,7 +93,8 @@ class Factored(Twin):
         if rows.any():
             h = h / np.sqrt(rows / rows.mean())[:, None] / (np.sqrt(columns) + self.eps)
         h = h / max(1.0, np.sqrt((h**2).mean()))
-        return share(A, B, h, self.s, self.x, self.damping * lr * length_of(A, h))
+        d_A, d_B = damped(A, self.s * B, h, "zero", self.damping * lr * length_of(A, h))
+        return d_A, d_B / self.s
 
 
 class Muon(Twin):

@@ -64,7 +64,9 @@ class LoraProAdamW(TangentOptimizer):
         eps: added to √v̂, as ``torch.optim.AdamW`` has it.
         weight_decay: λ.
         mode: ``"efficient"``, ``"full"`` or ``"factored"``.
-        x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``, see :func:`lorapro.functional.align`.
+        x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``, see :func:`lorapro.functional.align`;
+            without effect in factored mode, which takes ``"zero"``, where B alone moves W within
+            the rows of A (``docs/decisions.md``).
         damping: c, in steps; ``None`` takes the mode's of ``lorapro.rates``.
 
     Raises:
@@ -174,7 +176,8 @@ class LoraProAdamW(TangentOptimizer):
             h = _adam_direction(part, g, m[here], v[here], group["betas"], eps[i]).mul_(scale[i])
             h_A.append(at.B[i] @ h)
             h_B.append(A[i] @ h.mT)
-        self.step_along(group, batches, at, (batches.sharding.sum_to_columns(h_A), h_B))
+        along = batches.sharding.sum_to_columns(h_A), h_B
+        self.step_along(group, batches, at, along, group["x"])
 
     def _make_full_state(self, batches: Batches) -> None:
         for part in batches.parts:
@@ -191,8 +194,10 @@ class LoraProAdamW(TangentOptimizer):
         """Momentum and the two means of factored mode."""
         super().new_state(A, B, blocks)
         m, n = (p.numel() // A.shape[0] for p in (B, A))
-        self.state[B][ROWS] = zeros_like_columns(B, (blocks, m), 1)
-        self.state[A][COLUMNS] = zeros_like_columns(A, (blocks, n), 1)
+        # float16 does not hold squares, bfloat16 no average that moves by a thousandth.
+        dtype = torch.promote_types(B.dtype, torch.float32)
+        self.state[B][ROWS] = zeros_like_columns(B, (blocks, m), 1, dtype)
+        self.state[A][COLUMNS] = zeros_like_columns(A, (blocks, n), 1, dtype)
 
     def _factored(self, group: dict[str, Any], batches: Batches) -> None:
         """AdamW with row and column means for a second moment."""
@@ -208,10 +213,7 @@ class LoraProAdamW(TangentOptimizer):
         scale, eps = root / (1 - beta1**t), group["eps"] * root
         M, means = projected(at.along(*N)), batches.means_of_B(rows)
         h = factored_adam(at, M, rows, columns, means, scale, eps, m * n)
-        # Units in which s is 1 and the singular values of A have the root mean square 1.
-        unit_A = (at.s * trace(at.S_A) / at.S_A.shape[-1]).square()
-        unit_A = unit_A.clamp_min(torch.finfo(unit_A.dtype).tiny)
-        self.step_along(group, batches, at, h, unit_A)
+        self.step_along(group, batches, at, h, "zero")
 
     def _average(self, batches: Batches, side: int, key: str, new: Rows, beta: float) -> Rows:
         """Moving averages of what is kept of the parameters of every part."""

@@ -197,7 +197,7 @@ class PairOptimizer(Optimizer):
 
 
 def _check_lr(lr: Any) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of {lr.numel()} elements, expected 1.")
+    if isinstance(lr, Tensor) and lr.dim():
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}, expected one without any.")
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr is {lr}, expected a positive finite learning rate.")

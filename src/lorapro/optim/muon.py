@@ -113,7 +113,7 @@ class LoraProMuon(TangentOptimizer):
             length = group["damping"] * lr * speed if group["damping"] else None
             at = batches.point(gradients=False, length=length)
             new = [
-                None if x is None else combine((-lr * c, x), onto=shrunk(X, group))
-                for X, c, x in zip((at.A, at.B), muon(at, N, speed), N, strict=True)
+                None if d is None else combine((-lr * d[0], d[1]), onto=shrunk(X, group, batches))
+                for X, d in zip((at.A, at.B), muon(at, N, speed), strict=True)
             ]
             store(batches.moved, batches.moved_tensors(*new))

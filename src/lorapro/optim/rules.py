@@ -25,7 +25,7 @@ Tangent = tuple[Rows, Rows]
 
 def muon(
     at: Point, N: tuple[Rows | None, Rows | None], speed: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[tuple[Tensor, Rows] | None, tuple[Tensor, Rows] | None]:
     """Muon on each part of the step of W, ``s·B·d_A`` and ``s·d_B·A``, in the geometry of W.
 
     The steepest descent of spectral length ``speed`` along N for either part::
@@ -42,15 +42,19 @@ def muon(
         speed: the length of every direction, (k, 1, 1).
 
     Returns:
-        (k, r, r) matrices C with ``d_A = C_A·N_A`` and the rows of d_B ``C_B·N_B``.
+        d_A, and d_B as rows of its transpose, each as (k, r, r) matrices C and orthonormal rows X
+        of which it is ``C·X``: as one matrix times N, float32 would lose both their conditions.
     """
     moved = [(X, inv) for X, inv in zip(N, (at.inv_B, at.inv_A), strict=True) if X is not None]
     S = at.total(inner(*((X, X) for X, _ in moved)))
     root = torch.cat([inv.E for _, inv in moved])
     V, L = orthonormal(S, trace(S), at.dtype)
-    cores = polar(bmm(root, L), at.dtype).to(S.dtype)
-    of_moved = iter(speed / at.s * C for C in bmm(root.mT, bmm(cores, V)).chunk(len(moved)))
-    return tuple(None if X is None else next(of_moved) for X in N)  # type: ignore[return-value]
+    cores = bmm(root.mT, polar(bmm(root, L), at.dtype).to(S.dtype)).chunk(len(moved))
+    terms = iter(
+        (speed / at.s * core, combine((v, X)))
+        for core, v, (X, _) in zip(cores, V.chunk(len(moved)), moved, strict=True)
+    )
+    return tuple(None if X is None else next(terms) for X in N)  # type: ignore[return-value]
 
 
 def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Rows]:

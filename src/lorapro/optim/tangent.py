@@ -1,12 +1,10 @@
 """What the optimizers on the low-rank tangent space share: momenta, and a step along a direction.
 
-Full fine-tuning's rules at LoRA's memory. One step of each::
+Full fine-tuning's rules at LoRA's memory. Factored mode and Muon keep an average of each factor's
+gradient; factored and full mode step along a direction h of W::
 
-    momentum   N_A ← β·N_A + (1 − β)·grad_A,  N_B likewise: what M, the momentum of g, would give
-    rule       h: what full fine-tuning would do with M (``lorapro.optim.rules``)
+    momentum   N_A ← β·N_A + (1 − β)·grad_A,  N_B likewise
     align      (d_A, d_B) = align(s·Bᵀh, s·h·Aᵀ), damped; A ← A − γ·d_A, B ← B − γ·d_B
-
-Nothing here depends on how A and B share a product or on α: rules and damping see ``s·B·A`` only.
 
 Shape letters: rows of A (k, r, n), rows of the transpose of B (k, r, m); k pairs.
 """
@@ -65,12 +63,7 @@ class TangentOptimizer(AdamRule):
         return averages[OF_A], averages[OF_B]
 
     def step_along(
-        self,
-        group: dict[str, Any],
-        batches: Batches,
-        at: Point,
-        h: tuple[Rows, Rows],
-        weight_B: Tensor | float = 1.0,
+        self, group: dict[str, Any], batches: Batches, at: Point, h: tuple[Rows, Rows], x: str
     ) -> None:
         """``W ← (1 − γλ)·s·B·A − γ·h`` as far as the factors can: align, damped, and write.
 
@@ -79,30 +72,31 @@ class TangentOptimizer(AdamRule):
             batches: the pairs.
             at: their factors.
             h: ``(s·Bᵀh, s·h·Aᵀ)`` as rows.
-            weight_B: see :func:`lorapro.functional.shares`.
+            x: the choice of X.
         """
         lr = group["lr"]
         if group["damping"]:
             length = step_length(at, at.total(inner((h[OF_B], h[OF_B]))))
             at = at.damped(group["damping"] * lr * length)
-        at = at.along(*(x if moves else None for x, moves in zip(h, batches.moves, strict=True)))
-        directions = align_at(at, x=group["x"], weight_B=weight_B)
+        at = at.along(*(y if moves else None for y, moves in zip(h, batches.moves, strict=True)))
         new = [
             None
             if d is None
-            else torch._foreach_sub(list(shrunk(X, group)), torch._foreach_mul(list(d), lr))
-            for X, d in zip((at.A, at.B), directions, strict=True)
+            else torch._foreach_sub(
+                list(shrunk(X, group, batches)), torch._foreach_mul(list(d), lr)
+            )
+            for X, d in zip((at.A, at.B), align_at(at, x=x), strict=True)
         ]
         store(batches.moved, batches.moved_tensors(*new))
 
 
-def shrunk(X: Rows, group: dict[str, Any]) -> Rows:
-    """``√(1 − γλ)·X``: both factors so, and their product decays by ``1 − γλ``."""
+def shrunk(X: Rows, group: dict[str, Any], batches: Batches) -> Rows:
+    """Factors whose product decays by ``1 − γλ``: both by its root, or the one that moves."""
     if not group["weight_decay"]:
         return X
     keep = 1 - group["lr"] * group["weight_decay"]
     keep = keep.clamp_min(0.0) if isinstance(keep, Tensor) else max(keep, 0.0)
-    return [keep**0.5 * x for x in X]
+    return [keep ** (0.5 if all(batches.moves) else 1.0) * x for x in X]
 
 
 def store(held: list[Tensor], values: list[Tensor]) -> None:

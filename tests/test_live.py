@@ -211,8 +211,12 @@ def test_a_state_of_another_rank_shape_or_x_is_refused_when_it_is_loaded(kind):
         message = rf"pair 'w' is that of rank 2 on a weight of 8 × 8, here .* {r} on {m} × {n}"
         with pytest.raises(ValueError, match=message):
             built(pair(r, n, m), kind).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"x='sylvester', this optimizer has x='zero'"):
-        built(pair(2, 8), kind, x="zero").load_state_dict(state)
+    other = built(pair(2, 8), kind, x="zero")
+    if kind in ("factored", "muon"):  # x changes nothing there
+        other.load_state_dict(state)
+    else:
+        with pytest.raises(ValueError, match=r"x='sylvester', this optimizer has x='zero'"):
+            other.load_state_dict(state)
     built(pair(2, 8), kind).load_state_dict(state)
 
 

@@ -79,7 +79,7 @@ def check_held(held: Tensor, p: Tensor, shape: Sequence[int], called: str) -> No
             f"{called} is {tuple(held.shape)}, expected {tuple(shape)}{kind}: the state loaded was "
             "saved for another model, rank or sharding."
         )
-    exact = p.dtype in (torch.float16, torch.bfloat16) and held.dtype == torch.float32
+    exact = p.dtype == torch.float16 and held.dtype == torch.float32
     if held.device != p.device or not (held.dtype == p.dtype or exact):
         raise ValueError(
             f"{called} is {held.dtype} on {held.device}, the parameter {p.dtype} on {p.device}: it "

@@ -165,6 +165,10 @@ class Point:
         """The same with the inverse of ``S_B + (ℓ/s)² S_A⁻¹``, for lengths ℓ (k, 1, 1) in W."""
         return replace(self, inv_B=_damped(self.S_B, length / self.s, self.inv_A, self.dtype))
 
+    def damped_within(self, reach: float | Tensor, grad_B: Rows) -> Point:
+        """:meth:`damped` by ``reach`` times the length of a step of B alone along ``grad_B``."""
+        return self.damped(reach * step_length(self, self.total(inner((grad_B, grad_B)))))
+
     def along(self, grad_A: Rows | None, grad_B: Rows | None) -> Point:
         """The same with other gradients."""
         frozen = grad_A is None or grad_B is None

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lorapro.distributed.sharding import local
-from lorapro.functional import align_at, step_length
-from lorapro.gram import inner
+from lorapro.functional import align_at
 from lorapro.optim.adam_rule import plain_gradients
 from lorapro.optim.base import PAIRS, PairOptimizer
 from lorapro.optim.batches import batches_of
@@ -84,8 +83,7 @@ class LoraProSGD(PairOptimizer):
         for batches in batches_of(group["pairs"], group["params"]):
             at = batches.point()
             if group["damping"] and at.grad_B is not None:
-                length = step_length(at, at.total(inner((at.grad_B, at.grad_B))))
-                at = at.damped(group["damping"] * group["lr"] * length)
+                at = at.damped_within(group["damping"] * group["lr"], at.grad_B)
             directions = batches.moved_tensors(*align_at(at, x=group["x"]))
             self._descend(batches.moved, directions, group)
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lorapro.distributed.sharding import local
-from lorapro.functional import Point, align_at, step_length
-from lorapro.gram import Rows, inner
+from lorapro.functional import Point, align_at
+from lorapro.gram import Rows
 from lorapro.optim.adam_rule import STEP, AdamRule
 from lorapro.optim.batches import OF_A, OF_B, Batches
 
@@ -76,8 +76,7 @@ class TangentOptimizer(AdamRule):
         """
         lr = group["lr"]
         if group["damping"]:
-            length = step_length(at, at.total(inner((h[OF_B], h[OF_B]))))
-            at = at.damped(group["damping"] * lr * length)
+            at = at.damped_within(group["damping"] * lr, h[OF_B])
         at = at.along(*(y if moves else None for y, moves in zip(h, batches.moves, strict=True)))
         new = [
             None

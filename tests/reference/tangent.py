@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import solve_sylvester
 
 from reference.paper import pinv, theorem_2_1
 
@@ -26,20 +25,13 @@ def polar(M, tolerance=1e-6):
     return U[:, kept] @ Vt[kept]
 
 
-def damped(A, B, g, x, length):
-    """Theorem 2.1 with s = 1 and (S_B + ℓ²·S_A⁻¹)⁻¹ for S_B⁻¹."""
+def damped(A, B, g, length):
+    """Theorem 2.1 with s = 1, X = 0 and (S_B + ℓ²·S_A⁻¹)⁻¹ for S_B⁻¹."""
     if not length:
-        return theorem_2_1(A, B, B.T @ g, g @ A.T, 1.0, x)
-    inv_A, K = pinv(A @ A.T), B.T @ g @ A.T
-    inv_B = pinv(B.T @ B + length**2 * inv_A)
-    Z = inv_B @ K @ inv_A
-    if x == "zero":
-        C = Z
-    elif x == "symmetric":
-        C = Z / 2
-    else:
-        C = solve_sylvester(B.T @ B, A @ A.T, K) @ inv_A
-    return inv_B @ B.T @ g + (C - Z) @ A, g @ A.T @ inv_A - B @ C
+        return theorem_2_1(A, B, B.T @ g, g @ A.T, 1.0, "zero")
+    inv_A = pinv(A @ A.T)
+    d_A = pinv(B.T @ B + length**2 * inv_A) @ B.T @ g
+    return d_A, (g - B @ d_A) @ A.T @ inv_A
 
 
 def length_of(A, g):
@@ -58,8 +50,8 @@ def root(S):
 class Twin:
     """Factors, and the momenta of their two gradients (in units in which s is 1)."""
 
-    def __init__(self, A, B, s, x="sylvester", weight_decay=0.0, damping=0.0, momentum=0.9):
-        self.A, self.B, self.s, self.x, self.beta = A.copy(), B.copy(), s, x, momentum
+    def __init__(self, A, B, s, x="", weight_decay=0.0, damping=0.0, momentum=0.9):
+        self.A, self.B, self.s, self.beta = A.copy(), B.copy(), s, momentum  # x changes nothing
         self.weight_decay, self.damping, self.t = weight_decay, damping, 0
         self.M_A, self.M_B = np.zeros_like(A), np.zeros_like(B)
 
@@ -93,7 +85,7 @@ class Factored(Twin):
         if rows.any():
             h = h / np.sqrt(rows / rows.mean())[:, None] / (np.sqrt(columns) + self.eps)
         h = h / max(1.0, np.sqrt((h**2).mean()))
-        d_A, d_B = damped(A, self.s * B, h, "zero", self.damping * lr * length_of(A, h))
+        d_A, d_B = damped(A, self.s * B, h, self.damping * lr * length_of(A, h))
         return d_A, d_B / self.s
 
 

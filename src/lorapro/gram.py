@@ -26,6 +26,8 @@ __all__ = [
     "inner",
     "inverse",
     "inverses",
+    "orthonormal",
+    "polar",
     "solve_sylvester",
     "trace",
     "unit",
@@ -243,3 +245,35 @@ def solve_sylvester(P: Tensor, Q: Tensor, K: Tensor, inv_Q: Tensor, dtype: torch
         UV = bmm(UV, UV) if i else UV
         Y = baddbmm(Y, bmm(UV[:k], Y), UV[k:])
     return Y * (2 * size / q)
+
+
+# Odd polynomials a·x + b·x³ + c·x⁵ applied to the singular values, from [0, 1] to 1. The first has
+# the steepest start that stays bounded (Jordan et al., 2024); the second is Newton-Schulz of fifth
+# order, which converges to 1 from wherever the first leaves them.
+STEEP, SETTLE = (3.4445, -4.7750, 2.0315), (1.875, -1.25, 0.375)
+SCHEDULE = {
+    torch.float32: (STEEP,) * 5 + (SETTLE,) * 2,
+    torch.float64: (STEEP,) * 10 + (SETTLE,) * 5,
+}
+
+
+def polar(X: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Polar factor ``U·Vᵀ`` of square matrices ``U Σ Vᵀ``, by Newton–Schulz steps.
+
+    Singular values down to about 1e-3 (float32) or 1e-5 (float64) of ``‖X‖_F`` come to 1; smaller
+    ones come out smaller than 1, and 0 stays 0.
+
+    Args:
+        X: (k, p, p), in float64 where its squares are no float32.
+        dtype: that of the steps and of what is returned, float32 or float64.
+
+    >>> polar(torch.tensor([[[3.0, 0.0], [0.0, -0.5]]])).round(decimals=2)
+    tensor([[[ 1.,  0.],
+             [ 0., -1.]]])
+    """
+    size = torch.linalg.matrix_norm(X, keepdim=True)
+    X = (X / size.clamp_min(torch.finfo(X.dtype).tiny)).to(dtype)
+    for a, b, c in SCHEDULE[dtype]:
+        S = bmm(X, X.mT)
+        X = baddbmm(X, baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
+    return X

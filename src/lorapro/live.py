@@ -8,15 +8,25 @@ therefore remember the model and the name of each parameter in it, and a step co
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from lorapro.factors import LoraPair
 
-__all__ = ["HELD", "Places", "check_current", "check_gradients", "check_zeros", "name_of"]
+__all__ = [
+    "HELD",
+    "Places",
+    "check_current",
+    "check_gradients",
+    "check_zeros",
+    "in_parameters",
+    "name_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -156,3 +166,56 @@ def _warn_of_idle(pairs: Sequence[LoraPair], given: Sequence[bool]) -> None:
             len(pairs),
             ", ".join(idle[:3]) + (", …" if len(idle) > 3 else ""),
         )
+
+
+def in_parameters(
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    align: Callable[[Sequence[LoraPair], Sequence[Tensor], Callable[[Tensor], Any]], None],
+) -> Callable[[], None]:
+    """Align the gradients that the parameters of an optimizer carry, whenever it is called.
+
+    Args:
+        optimizer: the torch optimizer that steps.
+        group: the group of pairs.
+        align: aligns the gradients of pairs, given their factors and a factor's learning rate.
+
+    Raises:
+        ValueError: names a trainable factor that the optimizer does not hold.
+    """
+    pairs = group["pairs"]
+    # Where each factor sits in the optimizer: accelerate exchanges parameters for sharded ones.
+    places = {
+        id(p): (g, i)
+        for g, of_group in enumerate(optimizer.param_groups)
+        for i, p in enumerate(of_group["params"])
+    }
+    where = [places.get(id(p)) for p in group["params"]]
+    for i, p in enumerate(group["params"]):
+        if p.requires_grad and id(p) not in places:
+            raise ValueError(
+                f"the optimizer does not hold factor {'AB'[i % 2]} of {pairs[i // 2].name!r}; "
+                "build it from the parameters of this model."
+            )
+    for g in optimizer.param_groups:
+        for p in g["params"]:
+            setattr(p, HELD, True)
+
+    def lr_of(p: Tensor) -> Any:
+        return next(g["lr"] for g in optimizer.param_groups if any(p is q for q in g["params"]))
+
+    @torch.no_grad()
+    def align_now() -> None:
+        params = [
+            q
+            for p, at in zip(group["params"], where, strict=True)
+            for q in ([p] if at is None else optimizer.param_groups[at[0]]["params"][at[1] :][:1])
+            if q.dim() == p.dim()
+        ]
+        check_current([{**group, "params": params}])
+        if params:
+            check_gradients(pairs, params, first=not group.get("aligned"))
+        group["aligned"] = True
+        align(pairs, params, lr_of)
+
+    return align_now

@@ -1,4 +1,7 @@
-"""What a saved state is a state of: described when it is saved, compared when it is loaded."""
+"""Saving and loading the state of optimizers on pairs.
+
+What a state is a state of is described when it is saved, and compared when it is loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,56 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lorapro.bases import BASE, WEIGHT, drop_weights
 from lorapro.factors import LoraPair
 
-__all__ = ["DESCRIBED", "check_held", "check_same", "describe", "keep_float32"]
+__all__ = ["Resumable", "check_held", "check_same", "describe"]
 
 SAME = "build the same optimizer to go on from it"
 DESCRIBED = ("names", "scalings", "layouts", "blocks", "shapes", "momenta")
+# What describes the model rather than the run: kept from the live optimizer when a state is loaded.
+STRUCTURE = ("role", "pairs", "names", "places", "unaligned")
+
+
+class Resumable(Optimizer):
+    """An optimizer whose state dict says which pairs it belongs to."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; decayed base weights ride along, since no adapter file carries them."""
+        for group in self.param_groups:
+            if group["role"] == BASE:
+                for p in group["params"]:
+                    self.state[p][WEIGHT] = p.detach()
+        packed = super().state_dict()
+        drop_weights(self)
+        for group in packed["param_groups"]:
+            group.pop("places", None)
+            if "pairs" in group:
+                group |= describe(group.pop("pairs"))
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. Pairs keep the scalings of the live model.
+
+        Raises:
+            ValueError: the state was saved for other pairs, ranks, shapes, or another mode or x.
+        """
+        live = [{k: g[k] for k in STRUCTURE if k in g} for g in self.param_groups]
+        check_same(state_dict, self.param_groups)
+        super().load_state_dict(state_dict)
+        keep_float32(self, state_dict)
+        for group, own in zip(self.param_groups, live, strict=True):
+            for key in DESCRIBED:
+                group.pop(key, None)
+            group.update(own)
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            if group["role"] == BASE:
+                for p in group["params"]:
+                    if WEIGHT in self.state.get(p, {}):
+                        p.copy_(self.state[p][WEIGHT])
+        drop_weights(self)
 
 
 def describe(pairs: Sequence[LoraPair]) -> dict[str, list[Any]]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorapro.choices import check_choice
 from lorapro.distributed.zero import refuse_modes
-from lorapro.optim.create import OPTIMIZERS, check_options, create_lorapro_optimizer
+from lorapro.optim.create import OPTIMIZERS, create_lorapro_optimizer, optimizer_class
+from lorapro.options import check_options
 from lorapro.param_groups import lora_param_groups
 from lorapro.rates import chosen_rate
 
@@ -90,7 +91,7 @@ def trainer_optimizer(
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate is {args.learning_rate}, expected a positive number.")
         options["lr"] = args.learning_rate
-    check_options(optimizer, options)
+    check_options(optimizer_class(optimizer), options)
     if kwargs.get("lr") is None:
         options["lr"] = _rate(args, optimizer, kwargs.get("mode", "efficient"))
     return LoraProFactory, {"optimizer": optimizer, **options}
@@ -174,7 +175,7 @@ def use_lorapro(trainer: AnyTrainer, optimizer: str = "adamw", **kwargs: Any) ->
 
 def _check_zero(optimizer: str, options: Mapping[str, Any]) -> None:
     """Refuse what DeepSpeed's own optimizer with aligned gradients cannot do."""
-    check_options(optimizer, options)
+    check_options(optimizer_class(optimizer), options)
     refuse_modes(optimizer, options.get("mode", "efficient"))
     for name in options:
         if name not in ALIGNMENT:

@@ -84,9 +84,10 @@ class Factored(Twin):
         h = M / (1 - self.beta**self.t)
         if rows.any():
             h = h / np.sqrt(rows / rows.mean())[:, None] / (np.sqrt(columns) + self.eps)
-        h = h / max(1.0, np.sqrt((h**2).mean()))
         d_A, d_B = damped(A, self.s * B, h, self.damping * lr * length_of(A, h))
-        return d_A, d_B / self.s
+        square = (self.s * B.T @ h * d_A).sum() + (h @ A.T * d_B).sum()
+        shorten = max(1.0, np.sqrt(square / h.size))
+        return d_A / shorten, d_B / self.s / shorten
 
 
 class Muon(Twin):

@@ -5,7 +5,6 @@ Shape letters: m, n rows and columns of W; r rank; k pairs stacked by shape.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,18 +13,17 @@ from torch import Tensor
 
 from lorapro.choices import check_choice
 from lorapro.distributed.sharding import local, zeros_like_columns
-from lorapro.functional import Point, align_at
+from lorapro.functional import align_at
 from lorapro.gram import Rows, trace
 from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, plain_gradients
-from lorapro.optim.base import BASE, PAIRS
+from lorapro.optim.base import PAIRS
 from lorapro.optim.batches import OF_A, OF_B, Batches, Part, batches_of
 from lorapro.optim.rules import Tangent, factored_adam, squared_means
 from lorapro.optim.tangent import TangentOptimizer
+from lorapro.point import Point
 from lorapro.rates import DAMPING, chosen_rate
 
 __all__ = ["MODES", "LoraProAdamW"]
-
-logger = logging.getLogger(__name__)
 
 MODES = ("efficient", "full", "factored")
 ROWS, COLUMNS = "row_means", "column_means"
@@ -113,25 +111,9 @@ class LoraProAdamW(TangentOptimizer):
         check_choice("mode", param_group.get("mode", self.defaults["mode"]), MODES)
         super().add_param_group(param_group)
 
-    def bases_to_move(self, group: dict[str, Any]) -> list[Any]:
-        """In full mode with weight decay: the base weight of every pair (Eq. 58)."""
-        mode, decay = (group.get(k, self.defaults[k]) for k in ("mode", "weight_decay"))
-        if group["role"] != PAIRS or mode != "full" or not decay:
-            return []
-        bases = [pair.base for pair in group["pairs"]]
-        for pair in group["pairs"]:
-            if pair.base is None:
-                raise ValueError(
-                    f"weight decay in full mode scales the base weight (Eq. 58), but that of "
-                    f"{pair.name!r} cannot be scaled (none was given, or it is quantized or made "
-                    "anew in every forward pass); use weight_decay=0 or mode='efficient'."
-                )
-        logger.warning(
-            "full mode with weight decay changes the base weights, which an adapter saved alone "
-            "does not carry: save the merged model (lorapro.save_merged)."
-        )
-        known = {id(p) for g in self.param_groups if g["role"] == BASE for p in g["params"]}
-        return list({id(base): base for base in bases if id(base) not in known}.values())
+    def decays_bases(self, group: dict[str, Any]) -> bool:
+        """In full mode with weight decay, Eq. (58)."""
+        return group["mode"] == "full" and bool(group["weight_decay"])
 
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""
@@ -205,15 +187,15 @@ class LoraProAdamW(TangentOptimizer):
         at = batches.point()
         N = self.momenta(batches, (at.grad_A, at.grad_B), beta1)
         m, n = batches.per_part(lambda shape: shape[0]), batches.per_part(lambda shape: shape[1])
-        rows, columns = squared_means(at, projected(at), m, n)
+        rows, columns = squared_means(at, m, n)
         rows = self._average(batches, OF_B, ROWS, rows, beta2)
         columns = self._average(batches, OF_A, COLUMNS, columns, beta2)
         t = batches.per_matrix(self.held(batches.params(OF_B), STEP))
         root = (1 - beta2**t).sqrt()
         scale, eps = root / (1 - beta1**t), group["eps"] * root
         M, means = projected(at.along(*N)), batches.means_of_B(rows)
-        h = factored_adam(at, M, rows, columns, means, scale, eps, m * n)
-        self.step_along(group, batches, at, h, "zero")
+        h = factored_adam(at, M, rows, columns, means, scale, eps)
+        self.step_along(group, batches, at, h, "zero", entries=m * n)
 
     def _average(self, batches: Batches, side: int, key: str, new: Rows, beta: float) -> Rows:
         """Moving averages of what is kept of the parameters of every part."""

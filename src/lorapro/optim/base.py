@@ -4,7 +4,7 @@ Roles of a parameter group
     pairs   low-rank pairs from ``lorapro.lora_param_groups``: ``params = [A0, B0, A1, B1, …]``, and
             in ``pairs`` the :class:`lorapro.factors.LoraPair` each two of them belong to
     plain   any other parameter, trained by the optimizer's ordinary rule
-    base    frozen weights ``W0`` that decay with their adapter (AdamW in full mode only)
+    base    frozen weights ``W0`` that decay with their adapter (``lorapro.bases``)
 """
 
 from __future__ import annotations
@@ -14,24 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from lorapro.bases import BASE, base_group, bases_to_move, decay_bases
 from lorapro.choices import check_choice
-from lorapro.distributed.sharding import local, sharding_of
+from lorapro.distributed.sharding import sharding_of
 from lorapro.distributed.zero import INSTEAD, refuse_pieces
 from lorapro.functional import X_CHOICES
-from lorapro.live import HELD, Places, check_current, check_gradients, name_of
-from lorapro.states import DESCRIBED, check_held, check_same, describe, keep_float32
+from lorapro.live import HELD, check_current, check_gradients, name_of
+from lorapro.states import Resumable, check_held
 
-__all__ = ["BASE", "PAIRS", "PLAIN", "PairOptimizer"]
+__all__ = ["PAIRS", "PLAIN", "PairOptimizer"]
 
-PAIRS, PLAIN, BASE = "pairs", "plain", "base"
-# What describes the model rather than the run: kept from the live optimizer when a state is loaded.
-STRUCTURE = ("role", "pairs", "names", "places", "unaligned")
-WEIGHT = "weight"
+PAIRS, PLAIN = "pairs", "plain"
 
 
-class PairOptimizer(Optimizer):
+class PairOptimizer(Resumable):
     """A ``torch.optim.Optimizer`` whose groups may hold low-rank pairs.
 
     Subclasses implement :meth:`update` for one group. State is keyed by parameter, everything an
@@ -78,23 +75,17 @@ class PairOptimizer(Optimizer):
                 group["pairs"], group["params"][::2], group["params"][1::2], strict=True
             ):
                 sharding_of(pair, A, B)  # refuses what no step could work with
-        moved = self.bases_to_move(group)
+        decays = group["role"] == PAIRS and self.decays_bases({**self.defaults, **group})
+        moved = bases_to_move(group, self.param_groups) if decays else []
         super().add_param_group(group)
         for p in group["params"]:
             setattr(p, HELD, True)
         if moved:
-            options = {k: group[k] for k in self.defaults}
-            bases: dict[str, Any] = {"params": moved, "role": BASE}
-            if group.get("places"):
-                from lorapro.export_guard import guard_saving
+            super().add_param_group(base_group(moved, group, list(self.defaults)))
 
-                bases["places"] = Places(group["places"].model, moved)
-                guard_saving(group["places"].model)  # no adapter holds the base that decays
-            super().add_param_group({**bases, **options})
-
-    def bases_to_move(self, group: dict[str, Any]) -> list[Any]:
-        """Base weights that a new group of pairs makes this optimizer decay: none, as a rule."""
-        return []
+    def decays_bases(self, group: dict[str, Any]) -> bool:
+        """Whether the base weights of a group of pairs decay with them: not as a rule."""
+        return False
 
     def update(self, group: dict[str, Any]) -> None:
         """Step one group."""
@@ -118,7 +109,7 @@ class PairOptimizer(Optimizer):
             self._check_live()
         for group in self.param_groups:
             if group["role"] == BASE:
-                self._decay_bases(group)
+                decay_bases(group)
             else:
                 self.update(group)
         return loss
@@ -145,55 +136,6 @@ class PairOptimizer(Optimizer):
                 if p is q:
                     return name_of(group, i)
         return "a parameter"
-
-    def _decay_bases(self, group: dict[str, Any]) -> None:
-        if group["weight_decay"]:
-            torch._foreach_mul_(local(group["params"]), 1 - group["lr"] * group["weight_decay"])
-            for p in group["params"]:
-                p.lorapro_decayed = True  # read when an adapter is exported without its base
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's; decayed base weights ride along, since no adapter file carries them."""
-        for group in self.param_groups:
-            if group["role"] == BASE:
-                for p in group["params"]:
-                    self.state[p][WEIGHT] = p.detach()
-        packed = super().state_dict()
-        self._drop_carried_weights()
-        for group in packed["param_groups"]:
-            group.pop("places", None)
-            if "pairs" in group:
-                group |= describe(group.pop("pairs"))
-        return packed
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's. Pairs keep the scalings of the live model.
-
-        Raises:
-            ValueError: the state was saved for other pairs, ranks, shapes, or another mode or x.
-        """
-        live = [{k: g[k] for k in STRUCTURE if k in g} for g in self.param_groups]
-        check_same(state_dict, self.param_groups)
-        super().load_state_dict(state_dict)
-        keep_float32(self, state_dict)
-        for group, own in zip(self.param_groups, live, strict=True):
-            for key in DESCRIBED:
-                group.pop(key, None)
-            group.update(own)
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            if group["role"] == BASE:
-                for p in group["params"]:
-                    if WEIGHT in self.state.get(p, {}):
-                        p.copy_(self.state[p][WEIGHT])
-        self._drop_carried_weights()
-
-    def _drop_carried_weights(self) -> None:
-        for group in self.param_groups:
-            if group["role"] == BASE:
-                for p in group["params"]:
-                    self.state.pop(p, None)
 
 
 def _check_lr(lr: Any) -> None:

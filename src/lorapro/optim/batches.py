@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lorapro.distributed.sharding import Sharding, local, sharding_of
 from lorapro.factors import LoraPair, as_A, as_B, from_A, from_B
-from lorapro.functional import Point, point_at
 from lorapro.gram import Rows
+from lorapro.point import Point, point_at
 
 __all__ = ["OF_A", "OF_B", "Batches", "Part", "batches_of"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lorapro.distributed.sharding import local
 from lorapro.distributed.zero import in_pieces, optimizers_of, refuse_pieces, whole_factors
 from lorapro.factors import LoraPair
 from lorapro.functional import X_CHOICES
-from lorapro.live import HELD, check_current, check_gradients
+from lorapro.live import in_parameters
 from lorapro.optim.adamw import efficient_directions
 from lorapro.optim.batches import batches_of
 from lorapro.param_groups import lora_param_groups
@@ -94,11 +94,14 @@ def align_gradients(
             torch._foreach_copy_(local(held), batches.moved_tensors(*directions))
 
     if around is None:
-        align_now = _in_parameters(inner, group, align)
+        refuse_pieces(group["pairs"], NOT_THE_ENGINE)
+        align_now = in_parameters(inner, group, align)
     else:
         align_now = in_pieces(inner, around, group, align)
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if around is None:
+            refuse_pieces(group["pairs"], NOT_THE_ENGINE)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             align_now()
@@ -114,47 +117,3 @@ def align_gradients(
         return args, {**kwargs, "closure": aligned_closure}
 
     return inner.register_step_pre_hook(before_step)
-
-
-def _in_parameters(optimizer: Optimizer, group: dict[str, Any], align: Any) -> Callable[[], None]:
-    """Align the gradients that parameters carry."""
-    pairs = group["pairs"]
-    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    for i, p in enumerate(group["params"]):
-        if p.requires_grad and id(p) not in held:
-            refuse_pieces(pairs, NOT_THE_ENGINE)
-            raise ValueError(
-                f"the optimizer does not hold factor {'AB'[i % 2]} of {pairs[i // 2].name!r}; "
-                "build it from the parameters of this model."
-            )
-    for g in optimizer.param_groups:
-        for p in g["params"]:
-            setattr(p, HELD, True)
-
-    # Where each factor sits in the optimizer: accelerate exchanges parameters for sharded ones.
-    places = {
-        id(p): (g, i)
-        for g, of_group in enumerate(optimizer.param_groups)
-        for i, p in enumerate(of_group["params"])
-    }
-    where = [places.get(id(p)) for p in group["params"]]
-
-    def lr_of(p: Tensor) -> Any:
-        return next(g["lr"] for g in optimizer.param_groups if any(p is q for q in g["params"]))
-
-    @torch.no_grad()
-    def align_now() -> None:
-        refuse_pieces(pairs, NOT_THE_ENGINE)
-        params = [
-            q
-            for p, at in zip(group["params"], where, strict=True)
-            for q in ([p] if at is None else optimizer.param_groups[at[0]]["params"][at[1] :][:1])
-            if q.dim() == p.dim()
-        ]
-        check_current([{**group, "params": params}])
-        if params:
-            check_gradients(pairs, params, first=not group.get("aligned"))
-        group["aligned"] = True
-        align(pairs, params, lr_of)
-
-    return align_now

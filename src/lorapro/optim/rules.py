@@ -12,12 +12,12 @@ Shape letters
 from __future__ import annotations
 
 import torch
-from torch import Tensor, baddbmm, bmm
+from torch import Tensor, bmm
 
-from lorapro.functional import Point
-from lorapro.gram import Rows, combine, inner, orthonormal, trace, unit
+from lorapro.gram import Rows, combine, inner, orthonormal, polar, trace, unit
+from lorapro.point import Point
 
-__all__ = ["factored_adam", "muon", "polar", "squared_means"]
+__all__ = ["factored_adam", "muon", "squared_means"]
 
 Tangent = tuple[Rows, Rows]
 """The vector ``M = s·(B·M_A + M_B·A)``."""
@@ -57,28 +57,47 @@ def muon(
     return tuple(None if X is None else next(terms) for X in N)  # type: ignore[return-value]
 
 
-def squared_means(at: Point, G: Tangent, m: Tensor, n: Tensor) -> tuple[Rows, Rows]:
-    """Means of g̃∘g̃ over columns (k, m) and over rows (k, n) of ``g̃ = s·(B·G_A + G_B·A)``.
+def squared_means(at: Point, m: Tensor, n: Tensor) -> tuple[Rows, Rows]:
+    """Means of g̃∘g̃ over columns (k, m) and over rows (k, n), of the projection g̃ of g.
 
-    ``g̃ = s·L·R``, so the squares of row i sum to ``s²·l·(R·Rᵀ)·lᵀ`` with l row i of L; likewise for
-    columns. g̃ is not formed. m and n are those of the whole weight, (k, 1, 1).
+    ``g̃ = g·P_A + P_B·g·(I − P_A)``, of which every row of the one part is orthogonal to the other;
+    with ``Q = grad_A·grad_Aᵀ − K·S_A⁻¹·Kᵀ`` and a row b of B with the row c of grad_B ::
+
+        s²·(squares of that row of g̃) = c·S_A⁻¹·cᵀ + b·S_B⁻¹·Q·S_B⁻¹·bᵀ
+
+    Likewise columns, with A for B. g̃ is not formed. m and n are those of the whole weight,
+    (k, 1, 1).
     """
-    right, left = _frame(at, G)
-    rows, sizes = [*left, *right], [len(x) for x in (*left, *right)]
-    grams = at.total(inner((left, left), (right, right)))
-    # Rows in units of their lengths, squares in units of their sum: where B is tiny, G_A is huge,
-    # and the squares of either are no float32. Powers of two, so that nothing is rounded by it.
-    size = _root_by_two(grams.diagonal(dim1=-2, dim2=-1))[..., None]
-    rows = list(torch._foreach_div(rows, list(size.to(at.dtype).split(sizes))))
-    others = (at.s.square() / torch.stack([n, m])).flatten(0, 1) * grams.roll(len(at.s), 0)
-    others = size * others * size.mT
-    root = _root_by_two(trace(others))
-    seen = torch._foreach_mul(list(combine((others / root.square(), rows))), rows)
-    sums, roots = [x.sum(-2) for x in seen], list(root[..., 0].to(at.dtype).split(sizes))
+    K, entries = at.K, (m, n)
+    sides = ((at.A, at.grad_A, at.inv_A), (at.B, at.grad_B, at.inv_B))
+    grams = iter(at.total(inner(*((G, G) for _, G, _ in sides if G is not None))).split(len(at.s)))
+    Q = [None if G is None else next(grams) for _, G, _ in sides]
+    total = torch.zeros_like(at.s)
+    for i, (of, K_i) in enumerate(zip(Q, (K, None if K is None else K.mT), strict=True)):
+        inv, other = sides[i][2], sides[1 - i][2]
+        if of is None:
+            continue
+        total = torch.maximum(total, trace(bmm(other.full, of)))
+        if K_i is not None:
+            Q[i] = of - bmm(bmm(K_i, inv.full), K_i.mT)
+    root = _root_by_two(total)  # squares in units of their sum: of large ones float32 has none
+    means: list[Tensor] = []
+    for i, (X, G, inv) in enumerate(sides):
+        seen, other, of = [], sides[1 - i][2], Q[1 - i]
+        if G is not None:
+            Y = combine((other.E / (root * entries[i].sqrt()), G))
+            seen.append(torch._foreach_mul(list(Y), list(Y)))
+        if of is not None:
+            E, Y = inv.E / root, combine((inv.V, X))
+            C = bmm(bmm(E, of), E.mT) / entries[i]
+            seen.append(torch._foreach_mul(list(combine((C, Y))), list(Y)))
+        means += [torch.stack(x).sum((0, -2)) for x in zip(*seen, strict=True)]
+    roots = list((root / at.s)[..., 0].to(at.dtype).split([len(x) for x in at.A]))
     for _ in range(2):
-        torch._foreach_mul_(sums, roots)
-    torch._foreach_clamp_max_(sums, 0.99 * torch.finfo(at.dtype).max)  # bfloat16 holds it too
-    return sums[: len(left)], sums[len(left) :]
+        torch._foreach_mul_(means, roots + roots)
+    torch._foreach_clamp_min_(means, 0.0)
+    torch._foreach_clamp_max_(means, 0.99 * torch.finfo(at.dtype).max)  # bfloat16 holds it too
+    return means[len(at.A) :], means[: len(at.A)]
 
 
 def _root_by_two(x: Tensor) -> Tensor:
@@ -87,21 +106,12 @@ def _root_by_two(x: Tensor) -> Tensor:
 
 
 def factored_adam(
-    at: Point,
-    M: Tangent,
-    rows: Rows,
-    columns: Rows,
-    means: Tensor,
-    scale: Tensor,
-    eps: Tensor,
-    entries: Tensor,
-) -> tuple[Rows, Rows]:
+    at: Point, M: Tangent, rows: Rows, columns: Rows, means: Tensor, scale: Tensor, eps: Tensor
+) -> Tangent:
     """AdamW with a second moment of row and column means: ``h = D_row·M̂·D_col``.
 
     ``v̂ ≈ rows·columns/means``, so ``D_row = 1/√(rows/means)`` and
-    ``D_col = 1/(√(columns/means) + ε/√means)``, with ``1/√means`` left to ``scale``. An h of root
-    mean square above 1 is shortened to that, as Adafactor does: where B has turned since, what the
-    momentum of A says of W may be far too long.
+    ``D_col = 1/(√(columns/means) + ε/√means)``, with ``1/√means`` left to ``scale``.
 
     Args:
         at: the factors.
@@ -111,76 +121,26 @@ def factored_adam(
         means: of all rows, wherever they are held, (k, 1, 1).
         scale: (k, 1, 1), both bias corrections: ``√(1 − β2ᵗ)/(1 − β1ᵗ)``.
         eps: ``ε·√(1 − β2ᵗ)``, (k, 1, 1).
-        entries: ``m·n`` of the whole weight, (k, 1, 1).
 
     Returns:
         ``(s·Bᵀh, s·h·Aᵀ)`` as rows.
     """
-    right, left = _frame(at, M)
-    sizes, means = [len(x) for x in right], unit(means)
-    root_mean = means.rsqrt()
+    means = unit(means)
+    root_mean, sizes = means.rsqrt(), [len(x) for x in at.A]
     units, floors = (x[..., 0].to(at.dtype).split(sizes) for x in (means, eps * root_mean))
     shares = torch._foreach_div([*rows, *columns], [*units, *units])
     # Where no more than rounding was seen, M holds no more either.
     roots = torch._foreach_sqrt(torch._foreach_clamp_min(shares, 16 * torch.finfo(at.dtype).eps))
-    torch._foreach_add_(roots[len(left) :], floors)
-    scaled = torch._foreach_div([*left, *right], [root[:, None] for root in roots])
-    left, right = list(scaled[: len(left)]), list(scaled[len(left) :])
-    size = at.s * scale * root_mean  # h = size·leftᵀ·right
-    r = at.S_A.shape[-1]
-    grams = [inner((left, left), (right, right)), inner((at.B, left), (at.A, right))]
-    seen = at.total(torch.cat(grams, -2)).unflatten(0, (2, -1))
-    square = size.square() * seen[:, :, : 2 * r].prod(0).sum((-2, -1), keepdim=True)
-    size = at.s * size / (square / entries).clamp_min(1).sqrt()
-    C = (seen[:, :, 2 * r :] * size).flatten(0, 1)
+    torch._foreach_add_(roots[len(sizes) :], floors)
+    D = [root[:, None] for root in roots]
+    factors, moments = (torch._foreach_div([*X[0], *X[1]], D) for X in ((at.B, at.A), (M[1], M[0])))
+    B, A, M_B, M_A = (X[i : i + len(sizes)] for X in (factors, moments) for i in (0, len(sizes)))
+    C = at.total(inner((at.B, B, M_B), (at.A, A, M_A))).unflatten(0, (2, 2, -1))
+    C = C * (at.s.square() * scale * root_mean)
     # Where B is huge, its square is no float32, and M_A is tiny; likewise A.
-    root = _root_by_two(torch.linalg.vector_norm(C, float("inf"), (-2, -1), keepdim=True))
-    h = torch._foreach_mul(
-        list(combine((C / root, [*right, *left]))), list(root.to(at.dtype).split([*sizes, *sizes]))
-    )
-    return h[: len(left)], h[len(left) :]
-
-
-def _frame(at: Point, M: Tangent) -> tuple[list[Tensor], list[Tensor]]:
-    """``R = [M_A; A]`` and ``Lᵀ``, ``L = [B, M_B]``: the vector is ``s·L·R``."""
-    return _under(M[0], at.A), _under(at.B, M[1])
-
-
-def _under(X: Rows, Y: Rows) -> list[Tensor]:
-    """``[X; Y]``, stored as X is."""
-    return [
-        torch.cat([x.mT, y.mT], -1).mT if x.stride(-2) == 1 else torch.cat([x, y], -2)
-        for x, y in zip(X, Y, strict=True)
-    ]
-
-
-# Odd polynomials a·x + b·x³ + c·x⁵ applied to the singular values, from [0, 1] to 1. The first has
-# the steepest start that stays bounded (Jordan et al., 2024); the second is Newton-Schulz of fifth
-# order, which converges to 1 from wherever the first leaves them.
-STEEP, SETTLE = (3.4445, -4.7750, 2.0315), (1.875, -1.25, 0.375)
-SCHEDULE = {
-    torch.float32: (STEEP,) * 5 + (SETTLE,) * 2,
-    torch.float64: (STEEP,) * 10 + (SETTLE,) * 5,
-}
-
-
-def polar(X: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Polar factor ``U·Vᵀ`` of square matrices ``U Σ Vᵀ``, by Newton–Schulz steps.
-
-    Singular values down to about 1e-3 (float32) or 1e-5 (float64) of ``‖X‖_F`` come to 1; smaller
-    ones come out smaller than 1, and 0 stays 0.
-
-    Args:
-        X: (k, p, p), in float64 where its squares are no float32.
-        dtype: that of the steps and of what is returned, float32 or float64.
-
-    >>> polar(torch.tensor([[[3.0, 0.0], [0.0, -0.5]]])).round(decimals=2)
-    tensor([[[ 1.,  0.],
-             [ 0., -1.]]])
-    """
-    size = torch.linalg.matrix_norm(X, keepdim=True)
-    X = (X / size.clamp_min(torch.finfo(X.dtype).tiny)).to(dtype)
-    for a, b, c in SCHEDULE[dtype]:
-        S = bmm(X, X.mT)
-        X = baddbmm(X, baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
-    return X
+    root = _root_by_two(torch.linalg.vector_norm(C, float("inf"), (-2, -1), keepdim=True).amax(1))
+    C, back = C / root[:, None], [x for of in root.to(at.dtype) for x in of.split(sizes)]
+    h_A = combine((C[0, 0], M_A), (C[0, 1], A))
+    h_B = combine((C[1, 0], M_B), (C[1, 1], B))
+    h = torch._foreach_mul([*h_A, *h_B], back)
+    return h[: len(sizes)], h[len(sizes) :]

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from lorapro.distributed.sharding import local
-from lorapro.functional import Point, align_at
+from lorapro.functional import align_at
 from lorapro.gram import Rows
 from lorapro.optim.adam_rule import STEP, AdamRule
 from lorapro.optim.batches import OF_A, OF_B, Batches
+from lorapro.point import Point
 
 __all__ = ["TangentOptimizer", "shrunk", "store"]
 
@@ -63,7 +64,13 @@ class TangentOptimizer(AdamRule):
         return averages[OF_A], averages[OF_B]
 
     def step_along(
-        self, group: dict[str, Any], batches: Batches, at: Point, h: tuple[Rows, Rows], x: str
+        self,
+        group: dict[str, Any],
+        batches: Batches,
+        at: Point,
+        h: tuple[Rows, Rows],
+        x: str,
+        entries: Tensor | None = None,
     ) -> None:
         """``W ← (1 − γλ)·s·B·A − γ·h`` as far as the factors can: align, damped, and write.
 
@@ -73,20 +80,37 @@ class TangentOptimizer(AdamRule):
             at: their factors.
             h: ``(s·Bᵀh, s·h·Aᵀ)`` as rows.
             x: the choice of X.
+            entries: those of W, (k, 1, 1), to shorten what W can follow of h to a root mean square
+                of 1, as Adafactor shortens its steps; by ``⟨s·Bᵀh, d_A⟩ + ⟨s·h·Aᵀ, d_B⟩``, no less
+                than its square, undamped the same (Eq. 13).
         """
         lr = group["lr"]
         if group["damping"]:
             at = at.damped_within(group["damping"] * lr, h[OF_B])
-        at = at.along(*(y if moves else None for y, moves in zip(h, batches.moves, strict=True)))
+        h_A, h_B = (y if moves else None for y, moves in zip(h, batches.moves, strict=True))
+        d = align_at(at.along(h_A, h_B), x=x)
+        lrs = [lr] * len(at.A)
+        if entries is not None:
+            square = at.total(dots(h, d))
+            keep = lr * (square / entries).clamp_min(1).rsqrt()
+            lrs = list(keep.to(at.dtype).split([len(a) for a in at.A]))
         new = [
             None
-            if d is None
+            if of is None
             else torch._foreach_sub(
-                list(shrunk(X, group, batches)), torch._foreach_mul(list(d), lr)
+                list(shrunk(X, group, batches)), torch._foreach_mul(list(of), lrs)
             )
-            for X, d in zip((at.A, at.B), align_at(at, x=x), strict=True)
+            for X, of in zip((at.A, at.B), d, strict=True)
         ]
         store(batches.moved, batches.moved_tensors(*new))
+
+
+def dots(h: tuple[Rows, Rows], d: Both) -> Tensor:
+    """``⟨h_A, d_A⟩ + ⟨h_B, d_B⟩`` of every pair, (k, 1, 1) in float64."""
+    sides = [(y, of) for y, of in zip(h, d, strict=True) if of is not None]
+    products = [torch._foreach_mul(list(y), list(of)) for y, of in sides]
+    sums = [torch.cat([p.sum((-2, -1), dtype=torch.float64) for p in of]) for of in products]
+    return torch.stack(sums).sum(0)[:, None, None]
 
 
 def shrunk(X: Rows, group: dict[str, Any], batches: Batches) -> Rows:

@@ -73,7 +73,7 @@ class Mode:
 # With damping, which costs one sum over processes more in SGD and full mode.
 MODES = {
     "efficient": Mode(factors=2, m=8, n=10, cube=94, reduced=3),
-    "factored": Mode(factors=1, sides=1, m=54, n=54, cube=40, reduced=26),
+    "factored": Mode(factors=1, sides=1, m=30, n=30, cube=58, reduced=12),
     "muon": Mode(factors=1, m=8, n=8, cube=118, reduced=4),
     "sgd": Mode(factors=1, m=8, n=10, cube=94, reduced=4),
     "full": Mode(factors=0, moments=2, mn=8, m=14, n=16, cube=96, reduced=4, moved=3),

@@ -61,11 +61,27 @@ class Point:
         """:meth:`damped` by ``reach`` times the length of a step of B alone along ``grad_B``."""
         return self.damped(reach * step_length(self, self.total(inner((grad_B, grad_B)))))
 
-    def along(self, grad_A: Rows | None, grad_B: Rows | None) -> Point:
-        """The same with other gradients."""
-        frozen = grad_A is None or grad_B is None
-        K = None if frozen else self.total(inner((grad_A, self.A)))  # type: ignore[arg-type]
-        return replace(self, grad_A=grad_A, grad_B=grad_B, K=K)
+    def along(
+        self,
+        grad_A: Rows | None,
+        grad_B: Rows | None,
+        moves: tuple[bool, bool] = (True, True),
+        reach: float | Tensor | None = None,
+    ) -> Point:
+        """The same with other gradients, and damped within a reach if there is one.
+
+        Of a factor that does not move, the gradient is dropped, but that of B still says how long
+        a step is. One call of ``total``.
+        """
+        grad_A, along_B = (grad_A if moves[0] else None), (grad_B if moves[1] else None)
+        sets = [] if grad_A is None or along_B is None else [(grad_A, self.A)]
+        if reach is not None and grad_B is not None:
+            sets.append((grad_B, grad_B))
+        grams = list(self.total(inner(*sets)).chunk(len(sets))) if sets else []
+        at = self
+        if reach is not None and grad_B is not None:
+            at = self.damped(reach * step_length(self, grams.pop()))
+        return replace(at, grad_A=grad_A, grad_B=along_B, K=grams[0] if grams else None)
 
 
 def point_at(

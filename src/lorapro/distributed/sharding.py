@@ -114,6 +114,20 @@ class Sharding:
         ]
         return [torch.cat(parts, 2) for parts in zip(*self._exchange(send, shapes), strict=True)]
 
+    def columns(
+        self, held: Sequence[Sequence[Tensor]], side: int, rows: Sequence[int]
+    ) -> list[Tensor]:
+        """Own rows of factors, as they are stored and part by part, as own columns."""
+        stacked = [torch.stack([t.flatten(1) for t in of_part]) for of_part in held]
+        return self.to_columns([x.mT for x in stacked] if side else stacked, rows)
+
+    def stored(
+        self, X: Sequence[Tensor], side: int, columns: Sequence[int], like: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Own columns of every part as own rows, as they are stored."""
+        rows = [t for x in self.to_rows(X, columns) for t in x]
+        return [(t.mT if side else t).reshape(p.shape) for t, p in zip(rows, like, strict=True)]
+
     def whole(self, X: Sequence[Tensor], columns: Sequence[int]) -> list[Tensor]:
         """Own columns (k, r, N/parts) to all columns (k, r, N)."""
         if self.dim is None:

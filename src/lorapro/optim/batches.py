@@ -124,16 +124,12 @@ class Batches:
         """``read(p)`` of every pair as rows, in float32 at least."""
         held = [local([read(p) for p in part.params[side]]) for part in self.parts]
         if self.sharding.by_rows[side]:
-            stacked = [torch.stack([t.flatten(1) for t in of_part]) for of_part in held]
-            X = self.sharding.to_columns(
-                [x.mT for x in stacked] if side else stacked,
-                [part.stored_rows(side) for part in self.parts],
-            )
+            X = self.sharding.columns(held, side, [part.stored_rows(side) for part in self.parts])
             X = [x.reshape(p.count, p.rank, -1) for p, x in zip(self.parts, X, strict=True)]
         else:
             X = [part.rows(side, of_part) for part, of_part in zip(self.parts, held, strict=True)]
-        dtype = self.parts[0].params[OF_A][0].dtype
-        return [x.to(dtype if dtype == torch.float64 else torch.float32) for x in X]
+        dtype = torch.promote_types(X[0].dtype, torch.float32)
+        return [x.to(dtype) for x in X]
 
     def tensors(self, side: int, X: Rows) -> list[Tensor]:
         """Rows as tensors like what is held of :meth:`params`."""
@@ -143,12 +139,8 @@ class Batches:
             x.to(p.params[side][0].dtype).reshape(-1, p.stored_rows(side), x.shape[-1])
             for p, x in zip(self.parts, X, strict=True)
         ]
-        rows = self.sharding.to_rows(stacked, [part.shape[1 - side] for part in self.parts])
-        held = local(self.params(side))
-        return [
-            (t.mT if side else t).reshape(p.shape)
-            for t, p in zip((t for x in rows for t in x), held, strict=True)
-        ]
+        lengths = [part.shape[1 - side] for part in self.parts]
+        return self.sharding.stored(stacked, side, lengths, local(self.params(side)))
 
     def moved_tensors(self, *X: Rows | None) -> list[Tensor]:
         """Rows of A and of B as tensors like :attr:`moved`."""

@@ -85,10 +85,8 @@ class TangentOptimizer(AdamRule):
                 than its square, undamped the same (Eq. 13).
         """
         lr = group["lr"]
-        if group["damping"]:
-            at = at.damped_within(group["damping"] * lr, h[OF_B])
-        h_A, h_B = (y if moves else None for y, moves in zip(h, batches.moves, strict=True))
-        d = align_at(at.along(h_A, h_B), x=x)
+        reach = group["damping"] * lr if group["damping"] else None
+        d = align_at(at.along(*h, batches.moves, reach), x=x)
         lrs = [lr] * len(at.A)
         if entries is not None:
             square = at.total(dots(h, d))

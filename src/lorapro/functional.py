@@ -8,13 +8,10 @@ Shape letters used in this file
     S_A    ``A·Aᵀ`` (r, r);   S_B  ``Bᵀ·B`` (r, r);   K  ``grad_A·Aᵀ = Bᵀ·grad_B`` (r, r)
     P_A    projector on the row space of A;   P_B  projector on the column space of B
 
-There is one path: no value is read to decide what runs, on any device. Products over m and n are
-float32 for float32 factors, Gram matrices and (r, r) algebra float64 (``lorapro.gram``). Factors
-may have any rank, zero included: LoRA starts at ``B = 0``. Directions far below the largest
-(``lorapro.gram.inverse``) count as missing, as a pseudo-inverse has it.
-
-Source: LoRA-Pro, "Are Low-Rank Adapters Properly Optimized?", Theorems 2.1 to 2.3. Eq. (16) of the
-paper is misprinted; ``docs/mathematics.md`` derives the form used here.
+There is one path on every device: no value is read to decide what runs. Products over m and n are
+float32 for float32 factors, (r, r) algebra float64 (``lorapro.gram``). Factors may have any rank:
+LoRA starts at ``B = 0``. Source: LoRA-Pro, "Are Low-Rank Adapters Properly Optimized?", Theorems
+2.1 to 2.3; its Eq. (16) is misprinted, ``docs/mathematics.md`` derives the form used here.
 """
 
 from __future__ import annotations
@@ -65,24 +62,20 @@ def align(
       (what Eq. 16 of the paper means).
 
     With factors of deficient rank the solution of least norm is taken; at ``B = 0`` that is
-    ``d_A = 0``, ``d_B = (1/s²) grad_B S_A⁻¹``.
-
-    ``damping = ℓ > 0`` (ours) puts ``(S_B + (ℓ/s)² S_A⁻¹)⁻¹`` for ``S_B⁻¹``: directions of
-    ``s·B·A`` whose singular value σ is below ℓ are not divided by. Then ``P_B`` has the eigenvalues
-    ``σ²/(σ² + ℓ²)``, and the equivalent gradient ``P_B g + (I − P_B) g P_A`` is still no longer
-    than g and still a direction of descent, but ``‖d_A‖`` is bounded: it minimises
-    ``‖s·B·d_A + s·d_B·A − g‖² + ℓ²·tr(d_Aᵀ S_A⁻¹ d_A)``.
+    ``d_A = 0``, ``d_B = (1/s²) grad_B S_A⁻¹``. ``damping = ℓ > 0`` (ours) puts
+    ``(S_B + (ℓ/s)² S_A⁻¹)⁻¹`` for ``S_B⁻¹``: directions of ``s·B·A`` whose singular value σ is
+    below ℓ are not divided by. ``P_B`` then has the eigenvalues ``σ²/(σ² + ℓ²)``; the equivalent
+    gradient ``P_B g + (I − P_B) g P_A`` is still no longer than g and a direction of descent, and
+    ``‖d_A‖`` bounded: ``‖s·B·d_A + s·d_B·A − g‖² + ℓ²·tr(d_Aᵀ S_A⁻¹ d_A)`` is least.
 
     Args:
         A: (..., r, n) factor, float64 to bfloat16.
         B: (..., m, r) factor.
-        grad_A: (..., r, n), ``∂L/∂A``; ``None`` if A is frozen, then d_B alone solves the problem:
-            ``d_B = (1/s²) grad_B S_A⁻¹``.
-        grad_B: (..., m, r), ``∂L/∂B``; ``None`` if B is frozen, then ``d_A = (1/s²) S_B⁻¹ grad_A``.
+        grad_A: (..., r, n), ``∂L/∂A``; ``None`` if A is frozen: ``d_B = (1/s²) grad_B S_A⁻¹``.
+        grad_B: (..., m, r), ``∂L/∂B``; ``None`` if B is frozen: ``d_A = (1/s²) S_B⁻¹ grad_A``.
         scaling: ``s``, a float or a tensor with the leading dimensions.
         x: the choice of X.
-        damping: ``ℓ``, a length in W (in units of singular values of ``s·B·A``); a float or a
-            tensor with the leading dimensions. 0 is the paper's.
+        damping: ``ℓ``, a length in W, as ``scaling``; 0 is the paper's.
 
     Returns:
         ``(d_A, d_B)`` with the shapes and dtypes of A and B; ``None`` where the gradient was.
@@ -168,10 +161,10 @@ def equivalent_gradient(
 
 
 def tangent_projection(A: Tensor, B: Tensor, G: Tensor) -> Tensor:
-    """Project G on the tangent space of the rank-r matrices at ``B·A``.
+    """Project G on the tangent space of the rank-r matrices at ``B·A`` (Theorem 2.1).
 
-    ``P_B G + G P_A − P_B G P_A``, the equivalent gradient of LoRA-Pro for every X; its distance to
-    G is the smallest that any (d_A, d_B) can reach (Theorem 2.1).
+    ``P_B G + G P_A − P_B G P_A`` is the equivalent gradient of LoRA-Pro for every X, and of all
+    that any (d_A, d_B) can reach the nearest to G.
 
     Args:
         A: (..., r, n).

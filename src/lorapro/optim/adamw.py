@@ -41,18 +41,14 @@ class LoraProAdamW(TangentOptimizer):
     prints ``v̂ = v/(1 − β1ᵗ)`` in Algorithm 2; it is β2.
 
     ``damping = c > 0`` (ours) bounds d_A where B is small or of deficient rank: directions of
-    ``s·B·A`` shorter than c steps are not divided by (:func:`lorapro.functional.align`). From
-    ``B = 0``, d_A is first of the size of 1/‖B‖; undamped, Adam's second moment remembers that for
-    about 1/(1 − β2) steps, in which A hardly moves. 0 is the paper's, and the default of its two
-    modes; factored mode's is 3.
+    ``s·B·A`` shorter than c steps are not divided by (:func:`lorapro.functional.align`). Undamped,
+    from ``B = 0``, Adam's second moment remembers a d_A of the size of 1/‖B‖ for 1/(1 − β2) steps.
 
     Weight decay λ in efficient mode acts on A and B, in factored mode on their product,
     ``s·B·A ← (1 − γλ)·s·B·A``. In full mode it acts on W, Eq. (58):
     ``W0 ← (1 − γλ)W0``, ``A ← √(1 − γλ)·A``, ``B ← √(1 − γλ)·B``, with γ the current learning
-    rate. The base weights then change during training, which an adapter saved alone does not
-    carry: save the merged model. ``state_dict`` does carry them, so that a run can be resumed.
-
-    Parameters that are no pair get ``torch.optim.AdamW``'s rule.
+    rate. The base weights then change, which ``state_dict`` carries and an adapter saved alone does
+    not: save the merged model. Parameters that are no pair get ``torch.optim.AdamW``'s rule.
 
     Args:
         params: groups from ``lorapro.lora_param_groups``.
@@ -63,9 +59,8 @@ class LoraProAdamW(TangentOptimizer):
         weight_decay: λ.
         mode: ``"efficient"``, ``"full"`` or ``"factored"``.
         x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``, see :func:`lorapro.functional.align`;
-            without effect in factored mode, which takes ``"zero"``, where B alone moves W within
-            the rows of A (``docs/decisions.md``).
-        damping: c, in steps; ``None`` takes the mode's of ``lorapro.rates``.
+            without effect in factored mode, which takes ``"zero"`` (``docs/decisions.md``).
+        damping: c, in steps; ``None`` takes the mode's of ``lorapro.rates``; 0 is the paper's.
 
     Raises:
         ValueError: an argument out of range, an unknown mode or x, groups without pairs, or weight

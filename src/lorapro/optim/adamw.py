@@ -15,11 +15,10 @@ from lorapro.choices import check_choice
 from lorapro.distributed.sharding import local, zeros_like_columns
 from lorapro.functional import align_at
 from lorapro.gram import Rows, trace
-from lorapro.optim.adam_rule import EXP_AVG, EXP_AVG_SQ, STEP, plain_gradients
-from lorapro.optim.base import PAIRS
+from lorapro.optim.base import PAIRS, plain_gradients
 from lorapro.optim.batches import OF_A, OF_B, Batches, Part, batches_of
 from lorapro.optim.rules import Tangent, factored_adam, squared_means
-from lorapro.optim.tangent import TangentOptimizer
+from lorapro.optim.tangent import EXP_AVG, EXP_AVG_SQ, STEP, TangentOptimizer
 from lorapro.point import Point
 from lorapro.rates import DAMPING, chosen_rate
 
@@ -88,7 +87,6 @@ class LoraProAdamW(TangentOptimizer):
         x: str = "sylvester",
         damping: float | None = None,
     ) -> None:
-        self.check_adam(betas, eps)
         check_choice("mode", mode, MODES)
         defaults = {
             "lr": chosen_rate(mode) if lr is None else lr,

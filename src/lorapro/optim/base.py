@@ -23,7 +23,7 @@ from lorapro.functional import X_CHOICES
 from lorapro.live import HELD, check_current, check_gradients, name_of
 from lorapro.states import Resumable, check_held
 
-__all__ = ["PAIRS", "PLAIN", "PairOptimizer"]
+__all__ = ["PAIRS", "PLAIN", "PairOptimizer", "plain_gradients"]
 
 PAIRS, PLAIN = "pairs", "plain"
 
@@ -38,8 +38,15 @@ class PairOptimizer(Resumable):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         _check_lr(defaults["lr"])
-        if not defaults["weight_decay"] >= 0:
-            raise ValueError(f"weight_decay is {defaults['weight_decay']}, expected 0 or more.")
+        for name in ("weight_decay", "eps"):
+            if not defaults.get(name, 0) >= 0:
+                raise ValueError(f"{name} is {defaults[name]}, expected 0 or more.")
+        if not 0 <= defaults.get("momentum", 0) < 1:
+            found = defaults["momentum"]
+            raise ValueError(f"momentum is {found}, expected 0 or more and below 1.")
+        if not all(0 <= beta < 1 for beta in defaults.get("betas", ())):
+            found = defaults["betas"]
+            raise ValueError(f"betas are {found}, expected two numbers of 0 or more and below 1.")
         if not 0 <= defaults["damping"] < float("inf"):
             raise ValueError(f"damping is {defaults['damping']}, expected 0 or more steps.")
         super().__init__(params, defaults)
@@ -136,6 +143,19 @@ class PairOptimizer(Resumable):
                 if p is q:
                     return name_of(group, i)
         return "a parameter"
+
+
+def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of a group that have gradients, and those.
+
+    Raises:
+        ValueError: a sparse gradient.
+    """
+    params = [p for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in params]
+    if any(g.is_sparse for g in grads):
+        raise ValueError("a parameter has a sparse gradient, which AdamW and SGD here do not take.")
+    return params, grads
 
 
 def _check_lr(lr: Any) -> None:

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lorapro.gram import combine
-from lorapro.optim.adam_rule import plain_gradients
-from lorapro.optim.base import PAIRS
+from lorapro.optim.base import PAIRS, plain_gradients
 from lorapro.optim.batches import OF_A, OF_B, batches_of
 from lorapro.optim.rules import muon
 from lorapro.optim.tangent import TangentOptimizer, shrunk, store
@@ -37,11 +36,10 @@ class LoraProMuon(TangentOptimizer):
     all (``docs/findings.md``).
 
     It is the rule of LoRA-Muon (arXiv 2606.12921) with two things of ours: that length, and the
-    damping, by which directions of ``s·B·A`` shorter than ℓ, a length of ``damping`` steps, are not
-    divided by. Without it a start from ``B = 0`` turns A at once as far as it can go. The run is
-    the same for any α and for ``(c·A, B/c)``. State: one momentum for each factor, half of what
-    AdamW keeps. Weight decay λ shrinks the adapter; the base weight stays. Parameters that are no
-    pair get AdamW with ``betas`` and ``eps``.
+    damping, by which directions of ``s·B·A`` shorter than ℓ, ``damping`` steps, are not divided by:
+    from ``B = 0`` W would move hundreds of steps at once. The run is the same for any α and for
+    ``(c·A, B/c)``. State: one momentum for each factor, half of AdamW's. Weight decay λ shrinks the
+    adapter. Parameters that are no pair get AdamW with ``betas`` and ``eps``.
 
     Args:
         params: groups from ``lorapro.lora_param_groups``.
@@ -82,9 +80,6 @@ class LoraProMuon(TangentOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum is {momentum}, expected 0 or more and below 1.")
-        self.check_adam(betas, eps)
         super().__init__(
             params,
             {

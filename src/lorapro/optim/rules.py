@@ -26,15 +26,10 @@ Tangent = tuple[Rows, Rows]
 def muon(
     at: Point, N: tuple[Rows | None, Rows | None], speed: Tensor
 ) -> tuple[tuple[Tensor, Rows] | None, tuple[Tensor, Rows] | None]:
-    """Muon on each part of the step of W, ``s·B·d_A`` and ``s·d_B·A``, in the geometry of W.
+    """Muon on each part of the step of W: steepest descent of spectral length ``speed`` along N.
 
-    The steepest descent of spectral length ``speed`` along N for either part::
-
-        d_A = speed/s·R_Bᵀ·polar(R_B·N_A)      R_Bᵀ·R_B = S_B⁻¹, damped
-        d_B = speed/s·polar(N_B·R_Aᵀ)·R_A      R_Aᵀ·R_A = S_A⁻¹
-
-    so that ``s·d_B·A`` moves W by ``speed`` in each of its r directions, and ``s·B·d_A`` by as
-    much at most. It is the rule of LoRA-Muon (arXiv 2606.12921), with ``S_B`` damped.
+    See ``LoraProMuon``. ``s·d_B·A`` moves W by ``speed`` in each of its r directions, ``s·B·d_A``
+    by as much, or less where ``S_B`` is damped.
 
     Args:
         at: the factors.
@@ -73,13 +68,12 @@ def squared_means(at: Point, m: Tensor, n: Tensor) -> tuple[Rows, Rows]:
     grams = iter(at.total(inner(*((G, G) for _, G, _ in sides if G is not None))).split(len(at.s)))
     Q = [None if G is None else next(grams) for _, G, _ in sides]
     total = torch.zeros_like(at.s)
-    for i, (of, K_i) in enumerate(zip(Q, (K, None if K is None else K.mT), strict=True)):
-        inv, other = sides[i][2], sides[1 - i][2]
-        if of is None:
-            continue
-        total = torch.maximum(total, trace(bmm(other.full, of)))
-        if K_i is not None:
-            Q[i] = of - bmm(bmm(K_i, inv.full), K_i.mT)
+    for i, of in enumerate(Q):
+        if of is not None:
+            total = torch.maximum(total, trace(bmm(sides[1 - i][2].full, of)))
+            if K is not None:
+                K_i = K.mT if i else K
+                Q[i] = of - bmm(bmm(K_i, sides[i][2].full), K_i.mT)
     root = _root_by_two(total)  # squares in units of their sum: of large ones float32 has none
     means: list[Tensor] = []
     for i, (X, G, inv) in enumerate(sides):

@@ -11,8 +11,7 @@ from torch.optim.sgd import sgd
 
 from lorapro.distributed.sharding import local
 from lorapro.functional import align_at
-from lorapro.optim.adam_rule import plain_gradients
-from lorapro.optim.base import PAIRS, PairOptimizer
+from lorapro.optim.base import PAIRS, PairOptimizer, plain_gradients
 from lorapro.optim.batches import batches_of
 from lorapro.rates import DAMPING, chosen_rate
 
@@ -63,8 +62,6 @@ class LoraProSGD(PairOptimizer):
         x: str = "sylvester",
         damping: float = DAMPING["sgd"],
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum is {momentum}, expected 0 or more and below 1.")
         super().__init__(
             params,
             {

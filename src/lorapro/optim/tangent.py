@@ -11,28 +11,87 @@ Shape letters: rows of A (k, r, n), rows of the transpose of B (k, r, m); k pair
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-from lorapro.distributed.sharding import local
+from lorapro.distributed.sharding import local, zeros_like_columns
 from lorapro.functional import align_at
 from lorapro.gram import Rows
-from lorapro.optim.adam_rule import STEP, AdamRule
+from lorapro.optim.base import PairOptimizer
 from lorapro.optim.batches import OF_A, OF_B, Batches
 from lorapro.point import Point
 
-__all__ = ["TangentOptimizer", "shrunk", "store"]
+__all__ = ["EXP_AVG", "EXP_AVG_SQ", "MOMENTUM", "STEP", "TangentOptimizer", "shrunk", "store"]
 
-MOMENTUM = "momentum"
+STEP, EXP_AVG, EXP_AVG_SQ, MOMENTUM = "step", "exp_avg", "exp_avg_sq", "momentum"
 
 Both = tuple[Rows | None, Rows | None]
 """Something of A and of B; ``None`` for a factor that stays."""
 
 
-class TangentOptimizer(AdamRule):
-    """Base of the optimizers that keep a momentum of each factor's gradient."""
+class TangentOptimizer(PairOptimizer):
+    """Base of the optimizers that keep a momentum of each factor's gradient, or AdamW's moments."""
+
+    def held(self, params: Sequence[Tensor], key: str) -> list[Tensor]:
+        """One entry of the state of every parameter."""
+        return [self.state[p][key] for p in params]
+
+    def new_adam_state(self, p: Tensor, shape: torch.Size | None = None) -> None:
+        """Make the step counter and two moments of a parameter, in its dtype.
+
+        Moments of a shape of their own are float32 where the parameter is float16, whose range
+        does not hold squares of gradients.
+        """
+        dtype = torch.float32 if shape is not None and p.dtype == torch.float16 else p.dtype
+        moments = [
+            torch.zeros_like(p) if shape is None else zeros_like_columns(p, shape, 1, dtype)
+            for _ in range(2)
+        ]
+        self.state[p][STEP] = torch.zeros((), dtype=torch.float32, device=p.device)
+        self.state[p][EXP_AVG], self.state[p][EXP_AVG_SQ] = moments
+
+    def adamw_update(
+        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        """One step of AdamW on parameters with the gradients given."""
+        for p in params:
+            if not self.state[p]:
+                self.new_adam_state(p)
+            for key in (EXP_AVG, EXP_AVG_SQ):
+                self.check_state(p, key, p.shape)
+        # The fused kernel goes through memory in order, whatever the strides; it does not compile.
+        compiling = torch.compiler.is_compiling()
+        steps = self.held(params, STEP)
+        held = (params, self.held(params, EXP_AVG), self.held(params, EXP_AVG_SQ))
+        where, grads = [local(tensors) for tensors in held], local(grads)
+        values = [[t.contiguous() for t in old] for old in where]
+        dense, m, v = values
+        adamw(
+            dense,
+            [g.contiguous() for g in grads],
+            m,
+            v,
+            [],
+            steps,
+            fused=not compiling,
+            foreach=compiling,
+            capturable=compiling,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for old, new in zip(where, values, strict=True):
+            for t, value in zip(old, new, strict=True):
+                if value is not t:  # contiguous() gave a copy
+                    t.copy_(value)
 
     def new_state(self, A: Tensor, B: Tensor, blocks: int) -> None:
         """Make the state of the pairs in two parameters; subclasses add their rule's."""
@@ -72,25 +131,18 @@ class TangentOptimizer(AdamRule):
         x: str,
         entries: Tensor | None = None,
     ) -> None:
-        """``W ← (1 − γλ)·s·B·A − γ·h`` as far as the factors can: align, damped, and write.
+        """``s·B·A ← (1 − γλ)·s·B·A − γ·h`` as far as the factors can: align, damped, and write.
 
-        Args:
-            group: the group.
-            batches: the pairs.
-            at: their factors.
-            h: ``(s·Bᵀh, s·h·Aᵀ)`` as rows.
-            x: the choice of X.
-            entries: those of W, (k, 1, 1), to shorten what W can follow of h to a root mean square
-                of 1, as Adafactor shortens its steps; by ``⟨s·Bᵀh, d_A⟩ + ⟨s·h·Aᵀ, d_B⟩``, no less
-                than its square, undamped the same (Eq. 13).
+        h is given as the rows ``(s·Bᵀh, s·h·Aᵀ)``. With ``entries``, the number of those of W
+        (k, 1, 1), what W can follow of h is shortened to a root mean square of 1, as Adafactor
+        does: its square is ``⟨s·Bᵀh, d_A⟩ + ⟨s·h·Aᵀ, d_B⟩`` (Eq. 13), damped no more than that.
         """
         lr = group["lr"]
         reach = group["damping"] * lr if group["damping"] else None
         d = align_at(at.along(*h, batches.moves, reach), x=x)
         lrs = [lr] * len(at.A)
         if entries is not None:
-            square = at.total(dots(h, d))
-            keep = lr * (square / entries).clamp_min(1).rsqrt()
+            keep = lr * (at.total(dots(h, d)) / entries).clamp_min(1).rsqrt()
             lrs = list(keep.to(at.dtype).split([len(a) for a in at.A]))
         new = [
             None

@@ -92,7 +92,8 @@ def align(
     """
     check_choice("x", x, X_CHOICES)
     _check_shapes(A, B, grad_A, grad_B)
-    of_A, of_B = (None if g is None else _rows(g) for g in (grad_A, _transposed(grad_B)))
+    of_A = None if grad_A is None else _rows(grad_A)
+    of_B = None if grad_B is None else _rows(grad_B.mT)
     at = point_at(_rows(A), _rows(B.mT), _per_pair(scaling, A), of_A, of_B)
     if isinstance(damping, Tensor) or damping:
         at = at.damped(_per_pair(damping, A))
@@ -154,7 +155,7 @@ def equivalent_gradient(
     tensor([[2.5000]])
     """
     _check_shapes(A, B, d_A, d_B)
-    dtype, work = A.dtype, _at_least_float32(A.dtype)
+    dtype, work = A.dtype, torch.promote_types(A.dtype, torch.float32)
     A, B, d_A, d_B = (t.to(work) for t in (A, B, d_A, d_B))
     s = scaling.to(A)[..., None, None] if isinstance(scaling, Tensor) else scaling
     return (s * (B @ d_A + d_B @ A)).to(dtype)
@@ -228,11 +229,7 @@ def predicted_decrease(
 
 def _rows(X: Tensor) -> Rows:
     """A batch of matrices as the rows of one shape, in float32 at least."""
-    return [X.reshape(-1, *X.shape[-2:]).to(_at_least_float32(X.dtype))]
-
-
-def _transposed(X: Tensor | None) -> Tensor | None:
-    return None if X is None else X.mT
+    return [X.reshape(-1, *X.shape[-2:]).to(torch.promote_types(X.dtype, torch.float32))]
 
 
 def _per_pair(value: float | Tensor, like: Tensor) -> Tensor:
@@ -243,10 +240,6 @@ def _per_pair(value: float | Tensor, like: Tensor) -> Tensor:
     else:
         value = torch.full(lead, value, dtype=torch.float64, device=like.device)
     return value.reshape(-1, 1, 1)
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _check_shapes(A: Tensor, B: Tensor, like_A: Tensor | None, like_B: Tensor | None) -> None:

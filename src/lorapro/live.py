@@ -25,7 +25,7 @@ __all__ = [
     "check_gradients",
     "check_zeros",
     "in_parameters",
-    "name_of",
+    "name_among",
 ]
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,15 @@ def name_of(group: dict[str, Any], i: int) -> str:
     if "pairs" in group:
         return f"factor {'AB'[i % 2]} of pair {group['pairs'][i // 2].name!r}"
     return repr(group["names"][i]) if "names" in group else "a parameter"
+
+
+def name_among(groups: Sequence[dict[str, Any]], p: Tensor) -> str:
+    """What a parameter of some group is called in messages."""
+    for group in groups:
+        for i, q in enumerate(group["params"]):
+            if p is q:
+                return name_of(group, i)
+    return "a parameter"
 
 
 def check_current(groups: Sequence[dict[str, Any]]) -> None:

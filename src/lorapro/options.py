@@ -1,4 +1,4 @@
-"""Options of an optimizer, refused before there is a model."""
+"""Options of an optimizer that are refused, before there is a model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,38 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorapro.choices import check_choice, nearest_hint
 from lorapro.factors import LoraPair
 from lorapro.param_groups import lora_param_groups
 
-__all__ = ["check_options"]
+__all__ = ["check_numbers", "check_options"]
+
+
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        ValueError: says what was found and expected.
+    """
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.dim():
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}, expected one without any.")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr is {lr}, expected a positive finite learning rate.")
+    for name in ("weight_decay", "eps"):
+        if not options.get(name, 0) >= 0:
+            raise ValueError(f"{name} is {options[name]}, expected 0 or more.")
+    if not 0 <= options.get("momentum", 0) < 1:
+        found = options["momentum"]
+        raise ValueError(f"momentum is {found}, expected 0 or more and below 1.")
+    if not all(0 <= beta < 1 for beta in options.get("betas", ())):
+        found = options["betas"]
+        raise ValueError(f"betas are {found}, expected two numbers of 0 or more and below 1.")
+    if not 0 <= options["damping"] < float("inf"):
+        raise ValueError(f"damping is {options['damping']}, expected 0 or more steps.")
 
 
 def check_options(cls: type[Optimizer], options: Mapping[str, Any]) -> None:

@@ -34,10 +34,9 @@ class LoraProAdamW(TangentOptimizer):
     ``mode="efficient"`` (Algorithm 2) runs AdamW on the aligned gradients (d_A, d_B); its state is
     that of LoRA's AdamW. ``mode="full"`` (Algorithm 3) keeps both moments of the equivalent
     gradient g̃, two (m, n) tensors a pair, takes ``h = m̂ / (√v̂ + ε)`` and steps along
-    ``align(s·Bᵀh, s·h·Aᵀ)``. ``mode="factored"`` (ours) does the same at LoRA's memory: the first
-    moment is that of the two gradients, projected at every step, the second is kept as row and
-    column means of g̃∘g̃ (``lorapro.optim.rules``); no (m, n) tensor is ever formed. The paper
-    prints ``v̂ = v/(1 − β1ᵗ)`` in Algorithm 2; it is β2.
+    ``align(s·Bᵀh, s·h·Aᵀ)``. ``mode="factored"`` (ours) does the same at LoRA's memory, and forms
+    no (m, n) tensor: the first moment is that of the two gradients, projected at every step, the
+    second the row and column means of g̃∘g̃. (Algorithm 2 prints β1 in v̂; it is β2.)
 
     ``damping = c > 0`` (ours) bounds d_A where B is small or of deficient rank: directions of
     ``s·B·A`` shorter than c steps are not divided by (:func:`lorapro.functional.align`). Undamped,

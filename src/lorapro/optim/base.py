@@ -20,7 +20,8 @@ from lorapro.choices import check_choice
 from lorapro.distributed.sharding import sharding_of
 from lorapro.distributed.zero import INSTEAD, refuse_pieces
 from lorapro.functional import X_CHOICES
-from lorapro.live import HELD, check_current, check_gradients, name_of
+from lorapro.live import HELD, check_current, check_gradients, name_among
+from lorapro.options import check_numbers
 from lorapro.states import Resumable, check_held
 
 __all__ = ["PAIRS", "PLAIN", "PairOptimizer", "plain_gradients"]
@@ -37,18 +38,6 @@ class PairOptimizer(Resumable):
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        _check_lr(defaults["lr"])
-        for name in ("weight_decay", "eps"):
-            if not defaults.get(name, 0) >= 0:
-                raise ValueError(f"{name} is {defaults[name]}, expected 0 or more.")
-        if not 0 <= defaults.get("momentum", 0) < 1:
-            found = defaults["momentum"]
-            raise ValueError(f"momentum is {found}, expected 0 or more and below 1.")
-        if not all(0 <= beta < 1 for beta in defaults.get("betas", ())):
-            found = defaults["betas"]
-            raise ValueError(f"betas are {found}, expected two numbers of 0 or more and below 1.")
-        if not 0 <= defaults["damping"] < float("inf"):
-            raise ValueError(f"damping is {defaults['damping']}, expected 0 or more steps.")
         super().__init__(params, defaults)
         if not any(group["role"] == PAIRS for group in self.param_groups):
             raise ValueError(
@@ -71,18 +60,19 @@ class PairOptimizer(Resumable):
         """Add a group: one from ``lorapro.lora_param_groups``, or plain parameters.
 
         Raises:
-            ValueError: unknown x, a non-positive lr, a parameter that is in a group already.
+            ValueError: an option out of range, a parameter that is in a group already.
         """
         group = dict(param_group)
         group.setdefault("role", PLAIN)
-        check_choice("x", group.get("x", self.defaults["x"]), X_CHOICES)
-        _check_lr(group.get("lr", self.defaults["lr"]))
+        options = {**self.defaults, **group}
+        check_choice("x", options["x"], X_CHOICES)
+        check_numbers(options)
         if group["role"] == PAIRS:
             for pair, A, B in zip(
                 group["pairs"], group["params"][::2], group["params"][1::2], strict=True
             ):
                 sharding_of(pair, A, B)  # refuses what no step could work with
-        decays = group["role"] == PAIRS and self.decays_bases({**self.defaults, **group})
+        decays = group["role"] == PAIRS and self.decays_bases(options)
         moved = bases_to_move(group, self.param_groups) if decays else []
         super().add_param_group(group)
         for p in group["params"]:
@@ -134,15 +124,7 @@ class PairOptimizer(Resumable):
 
     def check_state(self, p: Tensor, key: str, shape: Sequence[int]) -> None:
         """Refuse a state that does not go with its parameter: a ``ValueError`` names both."""
-        check_held(self.state[p][key], p, shape, f"{key} of {self.name_of(p)}")
-
-    def name_of(self, p: Tensor) -> str:
-        """What a parameter is called in messages."""
-        for group in self.param_groups:
-            for i, q in enumerate(group["params"]):
-                if p is q:
-                    return name_of(group, i)
-        return "a parameter"
+        check_held(self.state[p][key], p, shape, f"{key} of {name_among(self.param_groups, p)}")
 
 
 def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -156,10 +138,3 @@ def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     if any(g.is_sparse for g in grads):
         raise ValueError("a parameter has a sparse gradient, which AdamW and SGD here do not take.")
     return params, grads
-
-
-def _check_lr(lr: Any) -> None:
-    if isinstance(lr, Tensor) and lr.dim():
-        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}, expected one without any.")
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr is {lr}, expected a positive finite learning rate.")

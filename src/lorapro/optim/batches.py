@@ -1,9 +1,8 @@
 """Pairs of one shape as one batch, and back.
 
 The optimizers see a group of pairs as a few :class:`Batches`: all pairs of one rank, precision,
-device and of the same trained factors, in one part for every shape. What a step computes is rows
-(``lorapro.gram``), one tensor a part, so that the number of operations depends on how many shapes
-there are, not on how many pairs. Of sharded factors, rows are what this process holds of them,
+device and of the same trained factors, in one part for every shape. A step computes rows
+(``lorapro.gram``), one tensor a part. Of sharded factors, rows are what this process holds of them,
 shapes those of the whole; ``lorapro.distributed.sharding`` says what is summed.
 
 Shape letters: k pairs of a part; m, n rows and columns of W; r rank.
@@ -25,8 +24,8 @@ from lorapro.point import Point, point_at
 __all__ = ["OF_A", "OF_B", "Batches", "Part", "batches_of"]
 
 OF_A, OF_B = 0, 1  # which of the two factors
-# On a CPU, numbers in the larger factor above which pairs of one shape are two parts: the float64
-# copies that Gram matrices are made of then stay in the cache.
+# Numbers in the larger factor above which pairs of one shape are two parts on a CPU: the float64
+# copies for Gram matrices then stay in the cache.
 MOST_IN_A_PART = 1 << 18
 
 

@@ -41,12 +41,9 @@ def align_gradients(
     """Align the gradients of a model's pairs before every step of any torch optimizer.
 
     Efficient mode is "align, then AdamW" (Algorithm 2); this is the alignment alone, for every
-    other optimizer. ``p.grad`` of the pairs is replaced in place when ``optimizer.step()`` is
-    called: after unscaling and clipping, before moments. Around a closure, gradients are aligned
-    each time the closure has computed them.
-
-    Under DeepSpeed ZeRO 1, 2 and 3 the first argument is the engine, once there is one
-    (``lorapro.distributed.zero``)::
+    other optimizer. ``p.grad`` of the pairs is replaced in place in ``optimizer.step()``: after
+    unscaling and clipping, before moments; with a closure, whenever that has computed them. Under
+    DeepSpeed ZeRO the first argument is the engine, once there is one (``lorapro.distributed``)::
 
         engine, *_ = deepspeed.initialize(model=model, model_parameters=…, config=config)
         lorapro.align_gradients(engine, model)
@@ -57,8 +54,7 @@ def align_gradients(
         model: the PEFT model; ``None`` if ``pairs`` are given.
         x: the choice of X, see :func:`lorapro.functional.align`.
         damping: directions of B shorter than this many steps are damped, as
-            :class:`LoraProAdamW` does in efficient mode; a step is taken for one that moves each
-            entry of B by about the learning rate, as Adam's does.
+            :class:`LoraProAdamW` does in efficient mode; steps are taken for those of Adam.
         adapter: align the pairs of this adapter only.
         pairs: pairs by hand, beside those of the model.
         on_unaligned: ``"error"`` or ``"plain"``, see ``lorapro.lora_param_groups``.

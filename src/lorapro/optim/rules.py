@@ -1,12 +1,10 @@
 """Rules of full fine-tuning on the low-rank tangent space: from momentum to direction.
 
 A rule is a function of the factors and of what stands for the gradients. It returns what full
-fine-tuning would do, in terms of long rows that are there, and never forms an (m, n) matrix. A
-third rule is one more function of this kind and the class that calls it.
+fine-tuning would do, in terms of long rows that are there, and never forms an (m, n) matrix.
 
-Shape letters
-    m, n  rows and columns of W;  r  rank;  k  pairs
-    A, M_A  rows (k, r, n);  B, M_B  rows of the transpose (k, r, m)
+Shape letters: m, n rows and columns of W; r rank; k pairs; A, M_A rows (k, r, n); B, M_B rows of
+the transpose (k, r, m).
 """
 
 from __future__ import annotations

@@ -25,13 +25,12 @@ class LoraProSGD(PairOptimizer):
 
     ``A ← A − γ·d_A``, ``B ← B − γ·d_B`` with (d_A, d_B) of :func:`lorapro.functional.align`, so
     that ``W`` moves along the projection of its full gradient, to first order in γ. Momentum and
-    weight decay act on (d_A, d_B) as ``torch.optim.SGD`` has them. Parameters that are no pair
-    get ``torch.optim.SGD`` itself.
+    weight decay, and parameters that are no pair, are ``torch.optim.SGD``'s.
 
     Args:
         params: groups from ``lorapro.lora_param_groups``.
-        lr: learning rate γ; the step of W is γ·g̃ whatever the scaling, so full fine-tuning's
-            learning rates apply. ``None`` takes that of ``lorapro.rates``, and logs it.
+        lr: learning rate γ, full fine-tuning's: the step of W is γ·g̃ whatever the scaling.
+            ``None`` takes that of ``lorapro.rates``, and logs it.
         momentum: momentum factor, 0 for Algorithm 1 as printed.
         weight_decay: ``A ← (1 − γλ)A − γ·d_A``, likewise B.
         x: ``"sylvester"``, ``"zero"`` or ``"symmetric"``.

@@ -1,10 +1,7 @@
-"""What the optimizers on the low-rank tangent space share: momenta, and a step along a direction.
+"""What the optimizers on the low-rank tangent space share: momenta, and steps along a direction.
 
-Full fine-tuning's rules at LoRA's memory. Factored mode and Muon keep an average of each factor's
-gradient; factored and full mode step along a direction h of W::
-
-    momentum   N_A ← β·N_A + (1 − β)·grad_A,  N_B likewise
-    align      (d_A, d_B) = align(s·Bᵀh, s·h·Aᵀ), damped; A ← A − γ·d_A, B ← B − γ·d_B
+Factored mode and Muon keep an average of each factor's gradient, ``N_A ← β·N_A + (1 − β)·grad_A``;
+factored and full mode step along a direction h of W, by ``align(s·Bᵀh, s·h·Aᵀ)``, damped.
 
 Shape letters: rows of A (k, r, n), rows of the transpose of B (k, r, m); k pairs.
 """

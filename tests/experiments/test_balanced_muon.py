@@ -24,7 +24,7 @@ def trained(folder, alpha, length=1.0):
         for pair in pairs:
             pair.A.mul_(length)
     args = TrainingArguments(output_dir=str(folder), report_to="none", learning_rate=0.05)
-    factory, kwargs = OPTIMIZERS["balanced-muon"].make(args, None)
+    factory, kwargs = OPTIMIZERS["balanced-muon"].make(args, OPTIMIZERS["balanced-muon"].options())
     optimizer = factory()(model, **kwargs)
     losses = []
     for _ in range(12):
@@ -47,6 +47,6 @@ def test_neither_alpha_nor_the_length_of_A_counts(tmp_path, alpha, length):
 def test_it_is_a_method_and_wants_pairs(tmp_path):
     assert find_method("balanced-muon").adapter.name == "lora"
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
-    factory, kwargs = OPTIMIZERS["balanced-muon"].make(args, None)
+    factory, kwargs = OPTIMIZERS["balanced-muon"].make(args, OPTIMIZERS["balanced-muon"].options())
     with pytest.raises(ValueError, match="needs LoRA pairs"):
         factory()(nn.Sequential(nn.Linear(2, 2)), **kwargs)

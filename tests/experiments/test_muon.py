@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
 
@@ -11,7 +12,7 @@ from lorapro.experiments.methods.muon import MuonAndAdamW, hidden_matrices
 
 def build(model, folder, **options):
     args = TrainingArguments(output_dir=str(folder), report_to="none", **options)
-    factory, kwargs = OPTIMIZERS["muon"].make(args, None)
+    factory, kwargs = OPTIMIZERS["muon"].make(args, OPTIMIZERS["muon"].options())
     return factory()(model, **kwargs)
 
 
@@ -25,6 +26,18 @@ def test_every_parameter_is_trained_once_and_only_hidden_matrices_by_muon(tiny_b
     assert all(p.dim() == 2 for p in muon["params"])
     assert not any("embedding" in name or "classifier" in name for name in muon_names)
     assert any("attention" in name for name in muon_names)
+
+
+@pytest.mark.parametrize("name", ["muon", "balanced-muon", "lora-pro-muon"])
+@pytest.mark.parametrize("momentum", [None, 0.8])
+def test_every_muon_takes_a_momentum(name, momentum, tmp_path):
+    part = OPTIMIZERS[name]
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    factory, kwargs = part.make(args, part.options(muon_momentum=momentum))
+    optimizer = factory()(model, **kwargs)
+    held = {group["momentum"] for group in optimizer.param_groups if "momentum" in group}
+    assert held == {0.95 if momentum is None else momentum}
 
 
 def test_a_tied_head_is_not_muons(tiny_llama):

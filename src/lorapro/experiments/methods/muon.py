@@ -50,6 +50,7 @@ class MuonAndAdamW(Muon):
         weight_decay: of both, decoupled.
         betas: AdamW's.
         eps: AdamW's.
+        momentum: Muon's.
 
     >>> W, b = nn.Parameter(torch.eye(2)), nn.Parameter(torch.zeros(2))
     >>> optimizer = MuonAndAdamW([W], [b], lr=0.1)
@@ -67,8 +68,15 @@ class MuonAndAdamW(Muon):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        momentum: float = 0.95,
     ) -> None:
-        super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        super().__init__(
+            matrices,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
         others = list(others)
         if others:
             self.add_param_group({"params": others, "betas": betas, "adam_eps": eps})

@@ -47,6 +47,20 @@ class LoraProOptions(PassedOptions):
 
 
 @dataclass
+class MuonOptions:
+    """Keys of every Muon."""
+
+    muon_momentum: float | None = option(
+        None, "Muon: momentum; default: the optimizer's own", least=0, below=1
+    )
+
+
+@dataclass
+class LoraProMuonOptions(LoraProOptions, MuonOptions):
+    """Keys of Muon on the tangent space."""
+
+
+@dataclass
 class LoraPlusOptions:
     """Keys of LoRA+."""
 
@@ -122,6 +136,8 @@ def _aligned(optimizer: str = "adamw", **fixed: Any) -> Maker:
 
         given = {**fixed, **_mapping(options.optimizer_options)}
         chosen = {"x": options.x, "damping": options.damping}
+        if isinstance(options, LoraProMuonOptions):
+            chosen["momentum"] = options.muon_momentum
         given |= {name: value for name, value in chosen.items() if value is not None}
         # lr= because a rate that happens to be Trainer's default is a rate of the config here.
         given.setdefault("lr", training.learning_rate)
@@ -183,17 +199,24 @@ def _riemannian(training: TrainingArguments, options: RiemannianOptions) -> Any:
     }
 
 
-def _muon(training: TrainingArguments, options: Any) -> Any:
+def _torchs_muon(training: TrainingArguments, options: MuonOptions) -> dict[str, Any]:
+    """Arguments of both of torch's Muons; without a momentum they have torch's."""
+    momentum = options.muon_momentum
+    given = {} if momentum is None else {"momentum": momentum}
+    return {**_adamw(training), "weight_decay": training.weight_decay, **given}
+
+
+def _muon(training: TrainingArguments, options: MuonOptions) -> Any:
     """Muon on hidden matrices (all weights) or on A and B apart (an adapter), AdamW on the rest."""
     from lorapro.experiments.methods.muon import muon_factory
 
-    return muon_factory, {**_adamw(training), "weight_decay": training.weight_decay}
+    return muon_factory, _torchs_muon(training, options)
 
 
-def _balanced_muon(training: TrainingArguments, options: Any) -> Any:
+def _balanced_muon(training: TrainingArguments, options: MuonOptions) -> Any:
     from lorapro.experiments.methods.balanced_muon import balanced_muon_factory
 
-    return balanced_muon_factory, {**_adamw(training), "weight_decay": training.weight_decay}
+    return balanced_muon_factory, _torchs_muon(training, options)
 
 
 def _ours(name: str, about: str, optimizer: str = "adamw", **fixed: Any) -> OptimizerPart:
@@ -202,7 +225,7 @@ def _ours(name: str, about: str, optimizer: str = "adamw", **fixed: Any) -> Opti
         about,
         default_rate(optimizer, fixed.get("mode", "efficient")),
         _aligned(optimizer, **fixed),
-        LoraProOptions,
+        LoraProMuonOptions if optimizer == "muon" else LoraProOptions,
         "decay" if fixed.get("mode") == "full" else "never",
         adapter="rslora",
     )
@@ -212,9 +235,13 @@ OPTIMIZERS: dict[str, OptimizerPart] = {
     part.name: part
     for part in (
         OptimizerPart("adamw", "AdamW", 1e-3),
-        OptimizerPart("muon", "Muon on matrices, AdamW on the rest", 2e-3, _muon),
+        OptimizerPart("muon", "Muon on matrices, AdamW on the rest", 2e-3, _muon, MuonOptions),
         OptimizerPart(
-            "balanced-muon", "Muon on A and on B in balanced units", 2e-3, _balanced_muon
+            "balanced-muon",
+            "Muon on A and on B in balanced units",
+            2e-3,
+            _balanced_muon,
+            MuonOptions,
         ),
         OptimizerPart("lora+", "LoRA+", 2e-4, _lora_plus, LoraPlusOptions),
         OptimizerPart("lora-fa", "LoRA-FA", 1e-3, _lora_fa),

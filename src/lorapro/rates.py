@@ -32,7 +32,7 @@ DAMPING: dict[str, float] = {
     "efficient": 0.0,
     "full": 0.0,
     "factored": 3.0,
-    "muon": 10.0,
+    "muon": 3.0,
     "sgd": 0.0,
 }
 

@@ -232,6 +232,19 @@ def test_a_state_that_does_not_say_its_shape_is_refused_at_the_step(kind):
         other.step()
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sgd"])
+def test_half_a_state_is_refused_at_the_step(kind):
+    saved = built(pair(2, 8), kind)
+    saved.step()
+    state = copy.deepcopy(saved.state_dict())
+    entry = state["state"][1]
+    del entry[next(key for key in entry if key != "step")]
+    other = built(pair(2, 8), kind)
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"has no \w+ of factor B of pair 'w'.*or a part"):
+        other.step()
+
+
 @every_kind
 def test_torchs_get_and_set_state_dict_keep_every_state(kind):
     ends = []

@@ -62,7 +62,8 @@ def test_fifty_steps_equal_the_dense_twin(rule, x, model, start):
             reference.step(G.numpy(), lr)
         optimizer.step()
         for pair, reference in zip(pairs, twins, strict=True):
-            agree(pair, reference, 1e-8)
+            # Muon divides by the roots of Gram matrices, whose small eigenvalues are a filter's.
+            agree(pair, reference, 1e-7 if rule == "muon" else 1e-8)
 
 
 @pytest.mark.parametrize("x", ["sylvester", "zero", "symmetric"])

@@ -107,11 +107,11 @@ def check_same(state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
             _check_shapes(saved, group["pairs"])
 
 
-def check_held(held: Tensor, p: Tensor, shape: Sequence[int], called: str) -> None:
-    """Refuse a state that does not go with its parameter, by shape, dtype or device.
+def check_held(held: Tensor | None, p: Tensor, shape: Sequence[int], called: str) -> None:
+    """Refuse a state that is not there or does not go with its parameter.
 
     Args:
-        held: an entry of the state.
+        held: an entry of the state; ``None`` if there is none.
         p: the parameter.
         shape: what the entry's shape must be.
         called: what entry of what parameter it is, for the message.
@@ -119,6 +119,8 @@ def check_held(held: Tensor, p: Tensor, shape: Sequence[int], called: str) -> No
     Raises:
         ValueError: says what was found and expected.
     """
+    if held is None:
+        raise ValueError(f"the state loaded has no {called}: it is another optimizer's, or a part.")
     whole = hasattr(p, "placements") and not hasattr(held, "placements")
     if held.shape != torch.Size(shape) or whole:
         kind = " of a DTensor" if whole else ""

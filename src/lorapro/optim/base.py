@@ -124,7 +124,7 @@ class PairOptimizer(Resumable):
 
     def check_state(self, p: Tensor, key: str, shape: Sequence[int]) -> None:
         """Refuse a state that does not go with its parameter: a ``ValueError`` names both."""
-        check_held(self.state[p][key], p, shape, f"{key} of {name_among(self.param_groups, p)}")
+        check_held(self.state[p].get(key), p, shape, f"{key} of {name_among(self.param_groups, p)}")
 
 
 def plain_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

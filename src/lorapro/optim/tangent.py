@@ -100,7 +100,7 @@ class TangentOptimizer(PairOptimizer):
         """Make the state of pairs that have none, check that of the others, count the step."""
         for part in batches.parts:
             for A, B in zip(*part.params, strict=True):
-                if MOMENTUM not in self.state[B]:
+                if not self.state[B]:
                     self.new_state(A, B, part.blocks)
                 self.check_state(B, MOMENTUM, B.shape)
                 self.check_state(A, MOMENTUM, A.shape)

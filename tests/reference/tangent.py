@@ -91,7 +91,7 @@ class Factored(Twin):
 
 
 class Muon(Twin):
-    def __init__(self, A, B, s, momentum=0.95, nesterov=True, damping=3.0, **kwargs):
+    def __init__(self, A, B, s, momentum=0.9, nesterov=True, damping=3.0, **kwargs):
         super().__init__(A, B, s, momentum=momentum, damping=damping, **kwargs)
         self.nesterov = nesterov
 

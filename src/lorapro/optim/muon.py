@@ -31,9 +31,8 @@ class LoraProMuon(TangentOptimizer):
         d_B = ρ/s · polar(N_B·R_Aᵀ)·R_A      R_Aᵀ·R_A = S_A⁻¹
         A ← √(1 − γλ)·A − γ·d_A,  B ← √(1 − γλ)·B − γ·d_B
 
-    ``0.2·√max(m, n)`` gives a full-rank step the root mean square of an AdamW step; with
-    ``√(32/r)`` a step of W is as long at every rank as at rank 32, so that one learning rate serves
-    all (``docs/findings.md``).
+    ``0.2·√max(m, n)`` gives a full-rank step the root mean square of an AdamW step; ``√(32/r)``
+    makes one learning rate serve all ranks (``docs/findings.md``).
 
     It is the rule of LoRA-Muon (arXiv 2606.12921) with two things of ours: that length, and the
     damping, by which directions of ``s·B·A`` shorter than ℓ, ``damping`` steps, are not divided by:
@@ -44,14 +43,14 @@ class LoraProMuon(TangentOptimizer):
     Args:
         params: groups from ``lorapro.lora_param_groups``.
         lr: learning rate γ; ``None`` takes that of ``lorapro.rates``, and logs it.
-        momentum: β.
+        momentum: β; in runs of a hundred steps less was better (``docs/findings.md``).
         nesterov: look one step ahead, as Muon does by default.
         weight_decay: λ.
         x: accepted as by the other optimizers, and without effect: each part has one solution.
         damping: directions of ``s·B·A`` shorter than this many steps are damped
             (``docs/mathematics.md``); ``None`` takes that of ``lorapro.rates``.
         betas: AdamW's, for parameters that are no pair.
-        eps: AdamW's, for parameters that are no pair.
+        eps: AdamW's, likewise.
 
     Raises:
         ValueError: an argument out of range, an unknown x, or groups without pairs.
@@ -72,7 +71,7 @@ class LoraProMuon(TangentOptimizer):
         self,
         params: Iterable[Any],
         lr: float | None = None,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.0,
         x: str = "sylvester",

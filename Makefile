@@ -68,7 +68,6 @@ results: $(VENV)/.dev
 	$(BIN)/lorapro report $(REPORTED:%=results/%) --output results/report.html > /dev/null
 	$(BIN)/lorapro report results/local_suite/*/ --output results/local_suite/report.html > /dev/null
 	$(BIN)/lorapro report results/local_suite/*/ --output results/local_suite/summary.md > /dev/null
-	$(BIN)/lorapro report results/lab/batch --target better --output results/lab/batch/gap.md > /dev/null
 	$(BIN)/python docs/figures/alignment.py
 	$(BIN)/python tools/fill_docs.py
 

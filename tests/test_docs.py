@@ -65,7 +65,7 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
 
 
 def test_values_of_cells_and_constants():
-    cell = {"file": "results/lab/batch/gap.md", "section": "rank 32", "row": "lora-pro-muon"}
+    cell = {"file": "results/lab/demo/table.md", "section": "lab", "row": "lora-pro-muon"}
     cell["column"] = "minus lora"
     assert re.fullmatch(r"−0\.\d{4}", fill_docs.value(cell))
     assert re.fullmatch(r"0\.\d\d", fill_docs.value({**cell, "size": True, "digits": 2}))

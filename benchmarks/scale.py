@@ -70,10 +70,10 @@ class Mode:
         return (w - 1) / w * (2 * self.reduced_bytes(r) + self.moved_bytes(n, r))
 
 
-# With damping, which costs one sum over processes more in SGD and full mode.
+# With damping, for which SGD and full mode sum one matrix more over processes.
 MODES = {
     "efficient": Mode(factors=2, m=8, n=10, cube=94, reduced=3),
-    "factored": Mode(factors=1, sides=1, m=30, n=30, cube=58, reduced=12),
+    "factored": Mode(factors=1, sides=1, m=32, n=32, cube=58, reduced=14),
     "muon": Mode(factors=1, m=8, n=8, cube=118, reduced=4),
     "sgd": Mode(factors=1, m=8, n=10, cube=94, reduced=4),
     "full": Mode(factors=0, moments=2, mn=8, m=14, n=16, cube=96, reduced=4, moved=3),

@@ -236,13 +236,22 @@ def test_a_state_that_does_not_say_its_shape_is_refused_at_the_step(kind):
 def test_half_a_state_is_refused_at_the_step(kind):
     saved = built(pair(2, 8), kind)
     saved.step()
-    state = copy.deepcopy(saved.state_dict())
-    entry = state["state"][1]
-    del entry[next(key for key in entry if key != "step")]
-    other = built(pair(2, 8), kind)
-    other.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"has no \w+ of factor B of pair 'w'.*or a part"):
-        other.step()
+    whole = saved.state_dict()
+    halves = [(1, key) for key in whole["state"][1]] + [(1, None)]
+    if "momentum" in whole["state"][0]:
+        halves += [(0, key) for key in whole["state"][0]]
+    for entry, key in halves:
+        state = copy.deepcopy(whole)
+        if key is None:
+            del state["state"][entry]
+        else:
+            del state["state"][entry][key]
+        if key is None and kind not in ("factored", "muon"):
+            continue  # a parameter without a state begins one
+        other = built(pair(2, 8), kind)
+        other.load_state_dict(state)
+        with pytest.raises(ValueError, match=r"has no \w+ of factor [AB] of pair 'w'.*or a part"):
+            other.step()
 
 
 @every_kind

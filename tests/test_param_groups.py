@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -199,3 +201,11 @@ def test_sharded_pairs_are_told_apart_and_keep_their_shape():
         assert all(isinstance(t, DTensor) for p in pairing.pairs for t in (p.A, p.B, p.base))
     finally:
         dist.destroy_process_group()
+
+
+def test_decay_of_the_base_is_warned_of_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        lorapro.create_lorapro_optimizer(
+            lora(target_modules=["0"]), mode="full", lr=1e-3, weight_decay=0.1
+        )
+    assert sum("changes the base weights" in record.message for record in caplog.records) == 1

@@ -326,3 +326,22 @@ def test_factored_steps_of_half_precision_factors_are_as_long_as_those_of_float3
         assert optimizer.state[pair.B]["row_means"].dtype == torch.float32
         moved.append((pair.B.float() @ pair.A.float() - B.float() @ A.float()).detach())
     assert (moved[1] - moved[0]).norm() < 0.15 * moved[0].norm()
+
+
+def test_gradients_rounded_as_under_autocast_leave_no_column_without_a_mean():
+    torch.manual_seed(1)
+    m, r, s = 96, 16, 2.0
+
+    def rounded(x):
+        return x.bfloat16().float()
+
+    A, mix = torch.randn(r, m) / m**0.5, torch.linalg.qr(torch.randn(r, r))[0]
+    U = torch.linalg.qr(torch.randn(m, r))[0]
+    B = 1e-2 * (U * torch.logspace(0, -4, r)) @ mix.T
+    g = torch.randn(m, 8) @ torch.randn(8, m) * torch.logspace(0, -2, m)
+    pair = LoraPair("w", nn.Parameter(A.clone()), nn.Parameter(B.clone()), scaling=s)
+    optimizer = build("factored", lorapro.lora_param_groups(None, pairs=[pair]), lr=1e-3)
+    pair.A.grad, pair.B.grad = rounded(s * rounded(B).T @ g), rounded(s * g @ rounded(A).T)
+    optimizer.step()
+    means = optimizer.state[pair.A]["column_means"]
+    assert bool((means > 1e-6 * means.mean()).all())

@@ -35,8 +35,8 @@ def check_numbers(options: Mapping[str, Any]) -> None:
     if not 0 <= options.get("momentum", 0) < 1:
         found = options["momentum"]
         raise ValueError(f"momentum is {found}, expected 0 or more and below 1.")
-    if not all(0 <= beta < 1 for beta in options.get("betas", ())):
-        found = options["betas"]
+    found = options.get("betas", (0.0, 0.0))
+    if len(found) != 2 or not all(0 <= beta < 1 for beta in found):
         raise ValueError(f"betas are {found}, expected two numbers of 0 or more and below 1.")
     if not 0 <= options["damping"] < float("inf"):
         raise ValueError(f"damping is {options['damping']}, expected 0 or more steps.")
@@ -71,7 +71,7 @@ expected one of: adapter, on_unaligned, lr, betas, eps, weight_decay, mode, x, d
     check_choice("on_unaligned", options.get("on_unaligned", "error"), ("error", "plain"))
     A, B, W = (nn.Parameter(torch.zeros(1, 1)) for _ in range(3))
     groups = lora_param_groups(None, pairs=[LoraPair("options", A, B, 1.0, base=W)])
-    logger = logging.getLogger("lorapro.optim")
+    logger = logging.getLogger("lorapro")
     level = logger.level
     logger.setLevel(logging.ERROR)  # what it logs of the options, the real one will
     try:

@@ -38,6 +38,7 @@ class PairOptimizer(Resumable):
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        check_numbers(defaults)
         super().__init__(params, defaults)
         if not any(group["role"] == PAIRS for group in self.param_groups):
             raise ValueError(

@@ -127,7 +127,8 @@ class Batches:
             X = [x.reshape(p.count, p.rank, -1) for p, x in zip(self.parts, X, strict=True)]
         else:
             X = [part.rows(side, of_part) for part, of_part in zip(self.parts, held, strict=True)]
-        dtype = torch.promote_types(X[0].dtype, torch.float32)
+        exact = any(of[0].dtype == torch.float64 for of in self.parts[0].params)
+        dtype = torch.float64 if exact else torch.float32
         return [x.to(dtype) for x in X]
 
     def tensors(self, side: int, X: Rows) -> list[Tensor]:

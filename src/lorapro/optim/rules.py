@@ -61,17 +61,16 @@ def squared_means(at: Point, m: Tensor, n: Tensor) -> tuple[Rows, Rows]:
     Likewise columns, with A for B. g̃ is not formed. m and n are those of the whole weight,
     (k, 1, 1).
     """
-    K, entries = at.K, (m, n)
+    entries = m, n
     sides = ((at.A, at.grad_A, at.inv_A), (at.B, at.grad_B, at.inv_B))
-    grams = iter(at.total(inner(*((G, G) for _, G, _ in sides if G is not None))).split(len(at.s)))
-    Q = [None if G is None else next(grams) for _, G, _ in sides]
+    moving = [i for i in range(2) if sides[i][1] is not None]
+    grams = at.total(inner(*((G, G, X) for X, G, _ in sides if G is not None))).split(len(at.s))
+    Q: list[Tensor | None] = [None, None]
     total = torch.zeros_like(at.s)
-    for i, of in enumerate(Q):
-        if of is not None:
-            total = torch.maximum(total, trace(bmm(sides[1 - i][2].full, of)))
-            if K is not None:
-                K_i = K.mT if i else K
-                Q[i] = of - bmm(bmm(K_i, sides[i][2].full), K_i.mT)
+    # K by either's own gradient: rounded as in bfloat16, the other's would take Q below zero.
+    for i, of, K in zip(moving, grams[::2], grams[1::2], strict=True):
+        total = torch.maximum(total, trace(bmm(sides[1 - i][2].full, of)))
+        Q[i] = of if at.K is None else of - bmm(bmm(K, sides[i][2].full), K.mT)
     root = _root_by_two(total)  # squares in units of their sum: of large ones float32 has none
     means: list[Tensor] = []
     for i, (X, G, inv) in enumerate(sides):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
 
 from lorapro.distributed.sharding import local
 from lorapro.functional import align_at
@@ -87,22 +86,16 @@ class LoraProSGD(PairOptimizer):
     def _descend(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
             return
-        buffers: list[Tensor | None] = [None] * len(params)
+        held, params, grads = params, local(params), local(grads)
+        if group["weight_decay"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         if group["momentum"]:
-            for p in params:
+            for p in held:
                 if MOMENTUM not in self.state[p]:
                     self.state[p][MOMENTUM] = torch.zeros_like(p)
                 self.check_state(p, MOMENTUM, p.shape)
-            buffers = list(local([self.state[p][MOMENTUM] for p in params]))
-        sgd(
-            local(params),
-            local(grads),
-            buffers,
-            foreach=True,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
+            buffers = local([self.state[p][MOMENTUM] for p in held])
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            grads = buffers
+        torch._foreach_add_(params, torch._foreach_mul(grads, -group["lr"]))

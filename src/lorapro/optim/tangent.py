@@ -35,6 +35,9 @@ class TangentOptimizer(PairOptimizer):
 
     def held(self, params: Sequence[Tensor], key: str) -> list[Tensor]:
         """One entry of the state of every parameter."""
+        for p in params:
+            if key not in self.state[p]:
+                self.check_state(p, key, p.shape)  # says so
         return [self.state[p][key] for p in params]
 
     def new_adam_state(self, p: Tensor, shape: torch.Size | None = None) -> None:
@@ -100,7 +103,7 @@ class TangentOptimizer(PairOptimizer):
         """Make the state of pairs that have none, check that of the others, count the step."""
         for part in batches.parts:
             for A, B in zip(*part.params, strict=True):
-                if not self.state[B]:
+                if not self.state[A] and not self.state[B]:
                     self.new_state(A, B, part.blocks)
                 self.check_state(B, MOMENTUM, B.shape)
                 self.check_state(A, MOMENTUM, A.shape)
@@ -155,8 +158,10 @@ class TangentOptimizer(PairOptimizer):
 def dots(h: tuple[Rows, Rows], d: Both) -> Tensor:
     """``⟨h_A, d_A⟩ + ⟨h_B, d_B⟩`` of every pair, (k, 1, 1) in float64."""
     sides = [(y, of) for y, of in zip(h, d, strict=True) if of is not None]
-    products = [torch._foreach_mul(list(y), list(of)) for y, of in sides]
-    sums = [torch.cat([p.sum((-2, -1), dtype=torch.float64) for p in of]) for of in products]
+    sums = [
+        torch.cat([(a.double() * b).sum((-2, -1)) for a, b in zip(y, of, strict=True)])
+        for y, of in sides
+    ]
     return torch.stack(sums).sum(0)[:, None, None]
 
 

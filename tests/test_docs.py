@@ -52,7 +52,7 @@ def test_every_number_is_its_sources():
 def test_a_changed_number_is_found(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     text = fill_docs.filled(
-        "So <!--v:share-tangent-->0 %<!--/v-->, <!--table:costs--> <!--/table-->"
+        "So <!--v:share-tangent-small-->0 %<!--/v-->, <!--table:costs--> <!--/table-->"
     )
     monkeypatch.setattr(fill_docs, "ROOT", tmp_path)
     monkeypatch.setattr(fill_docs, "PAGES", [page])

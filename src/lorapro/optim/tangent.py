@@ -35,10 +35,12 @@ class TangentOptimizer(PairOptimizer):
 
     def held(self, params: Sequence[Tensor], key: str) -> list[Tensor]:
         """One entry of the state of every parameter."""
-        for p in params:
-            if key not in self.state[p]:
-                self.check_state(p, key, p.shape)  # says so
-        return [self.state[p][key] for p in params]
+        try:
+            return [self.state[p][key] for p in params]
+        except KeyError:
+            p = next(p for p in params if key not in self.state[p])
+            self.check_state(p, key, p.shape)  # says that it is missing
+            raise
 
     def new_adam_state(self, p: Tensor, shape: torch.Size | None = None) -> None:
         """Make the step counter and two moments of a parameter, in its dtype.
@@ -68,8 +70,7 @@ class TangentOptimizer(PairOptimizer):
         steps = self.held(params, STEP)
         held = (params, self.held(params, EXP_AVG), self.held(params, EXP_AVG_SQ))
         where, grads = [local(tensors) for tensors in held], local(grads)
-        values = [[t.contiguous() for t in old] for old in where]
-        dense, m, v = values
+        dense, m, v = values = [[t.contiguous() for t in old] for old in where]
         adamw(
             dense,
             [g.contiguous() for g in grads],

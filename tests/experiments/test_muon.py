@@ -74,6 +74,32 @@ def test_both_rules_are_torchs():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
+def test_a_change_is_cut_to_its_rank_after_each_step(tmp_path):
+    torch.manual_seed(0)
+    net, free = (nn.ModuleDict({"body": nn.Linear(6, 5, bias=False)}) for _ in range(2))
+    free.load_state_dict(net.state_dict())
+    start = net["body"].weight.detach().clone()
+    part = OPTIMIZERS["muon"]
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", learning_rate=0.1)
+    optimizers = []
+    for model, rank in ((net, 2), (free, 0)):
+        factory, kwargs = part.make(args, part.options(muon_rank=rank))
+        optimizers.append(factory()(model, **kwargs))
+    for step in range(3):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip((net, free), optimizers, strict=True):
+            model.zero_grad()
+            model["body"](x).square().sum().backward()
+            optimizer.step()
+        if step == 0:  # from one point, the nearest change of rank two to the free one
+            values = torch.linalg.svdvals(free["body"].weight - start)
+            left = (net["body"].weight - free["body"].weight).norm()
+            torch.testing.assert_close(left, values[2:].norm(), rtol=1e-4, atol=1e-6)
+        change = torch.linalg.svdvals(net["body"].weight - start)
+        assert change[1] > 1e-3
+        assert change[2] < 1e-6
+
+
 def test_a_model_without_hidden_matrices_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no hidden linear layer"):
         build(nn.ModuleDict({"score": nn.Linear(2, 2)}), tmp_path)

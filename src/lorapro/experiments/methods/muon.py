@@ -51,6 +51,9 @@ class MuonAndAdamW(Muon):
         betas: AdamW's.
         eps: AdamW's.
         momentum: Muon's.
+        rank: after each step the change of every matrix since the first is cut to this rank, to the
+            nearest one: what full fine-tuning could do if it had to end as an adapter of that
+            rank. It needs a copy of the matrices. 0 does not cut.
 
     >>> W, b = nn.Parameter(torch.eye(2)), nn.Parameter(torch.zeros(2))
     >>> optimizer = MuonAndAdamW([W], [b], lr=0.1)
@@ -69,6 +72,7 @@ class MuonAndAdamW(Muon):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         momentum: float = 0.95,
+        rank: int = 0,
     ) -> None:
         super().__init__(
             matrices,
@@ -80,20 +84,32 @@ class MuonAndAdamW(Muon):
         others = list(others)
         if others:
             self.add_param_group({"params": others, "betas": betas, "adam_eps": eps})
+        self.rank = rank
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both rules."""
         every = self.param_groups
         self.param_groups = [g for g in every if "betas" not in g]
+        matrices = [p for g in self.param_groups for p in g["params"]] if self.rank else []
+        for p in matrices:
+            self.state[p].setdefault("start", p.clone())
         try:
             loss = super().step(closure)
         finally:
             self.param_groups = every
+        for p in matrices:
+            self._cut(p)
         for group in every:
             if "betas" in group:
                 self._adamw(group)
         return loss
+
+    def _cut(self, p: Tensor) -> None:
+        start = self.state[p]["start"]
+        left, values, right = torch.linalg.svd(p - start, full_matrices=False)
+        r = self.rank
+        p.copy_(torch.addmm(start, left[:, :r] * values[:r], right[:r]))
 
     def _adamw(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]

@@ -56,6 +56,15 @@ class MuonOptions:
 
 
 @dataclass
+class TorchMuonOptions(MuonOptions):
+    """Keys of Muon on matrices."""
+
+    muon_rank: int = option(
+        0, "Muon: after each step the change of a matrix is cut to this rank; 0: it is not", least=0
+    )
+
+
+@dataclass
 class LoraProMuonOptions(LoraProOptions, MuonOptions):
     """Keys of Muon on the tangent space."""
 
@@ -206,11 +215,11 @@ def _torchs_muon(training: TrainingArguments, options: MuonOptions) -> dict[str,
     return {**_adamw(training), "weight_decay": training.weight_decay, **given}
 
 
-def _muon(training: TrainingArguments, options: MuonOptions) -> Any:
+def _muon(training: TrainingArguments, options: TorchMuonOptions) -> Any:
     """Muon on hidden matrices (all weights) or on A and B apart (an adapter), AdamW on the rest."""
     from lorapro.experiments.methods.muon import muon_factory
 
-    return muon_factory, _torchs_muon(training, options)
+    return muon_factory, {**_torchs_muon(training, options), "rank": options.muon_rank}
 
 
 def _balanced_muon(training: TrainingArguments, options: MuonOptions) -> Any:
@@ -235,7 +244,7 @@ OPTIMIZERS: dict[str, OptimizerPart] = {
     part.name: part
     for part in (
         OptimizerPart("adamw", "AdamW", 1e-3),
-        OptimizerPart("muon", "Muon on matrices, AdamW on the rest", 2e-3, _muon, MuonOptions),
+        OptimizerPart("muon", "Muon on matrices, AdamW on the rest", 2e-3, _muon, TorchMuonOptions),
         OptimizerPart(
             "balanced-muon",
             "Muon on A and on B in balanced units",

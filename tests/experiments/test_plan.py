@@ -42,6 +42,15 @@ def test_a_cell_for_every_point_that_its_method_reads(tmp_path):
     assert "rank" not in full.values
 
 
+def test_a_key_that_a_row_fixes_is_no_axis_of_it(tmp_path):
+    points = [{"rank": 4, "alpha": 8}, {"rank": 8, "alpha": 16}]
+    methods = {"lora": 1e-3, "fixed": {"method": "rslora", "alpha": 32}}
+    comparison = load(tmp_path, {"methods": methods, "grid": points})
+    fixed = [cell for cell in comparison.cells if cell.label == "fixed"]
+    assert [dict(cell.axes) for cell in fixed] == [{"rank": 4}, {"rank": 8}]
+    assert {cell.values["alpha"] for cell in fixed} == {32}
+
+
 def test_keys_that_move_together_and_trainers_keys(tmp_path):
     points = [{"rank": 4, "alpha": 8}, {"rank": 8, "alpha": 16}]
     comparison = load(tmp_path, {"methods": {"lora": 1e-3}, "grid": points})

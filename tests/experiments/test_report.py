@@ -346,6 +346,32 @@ def test_transfer_between_points_of_the_grid(tmp_path):
     assert row == ["lora", "2 of 2", "0.4500", "0.5000", "rank 4 to rank 64"]
 
 
+def test_transfer_from_full_fine_tuning_by_the_same_rule(tmp_path):
+    for rank in (4, 64):
+        for rate, value in ((1e-3, 0.5), (2e-3, 0.6 - 0.001 * rank)):
+            for label in ("lora", "lora-pro-muon", "lora+"):
+                axes = {"rank": rank}
+                write_run(
+                    tmp_path,
+                    label,
+                    rate * (4 if label == "lora+" else 1),
+                    0,
+                    axes=axes,
+                    validation=value,
+                )
+    for label, best in (("full", 1e-3), ("full-muon", 2e-3)):
+        for rate in (1e-3, 2e-3):
+            write_run(tmp_path, label, rate, 0, axes={}, validation=0.3 + (rate != best))
+    settings = {p.name: p for p in problems(read_results(tmp_path).runs)}
+    labels = ["full", "full-muon", "lora", "lora-pro-muon", "lora+"]
+    by_label = cells(transfers_table(settings, labels))
+    assert set(by_label) == {"lora", "lora-pro-muon", "lora+"}  # one run is no transfer
+    column = "with full fine-tuning's: mean, worst"
+    assert by_label["lora"][column] == "0.0000, 0.0000"
+    assert by_label["lora-pro-muon"][column] == "0.0660, 0.0960"
+    assert by_label["lora+"][column] == "not tried"
+
+
 def test_ours_stand_beside_the_papers(tmp_path):
     for task, value in (("MNLI", 0.80), ("CoLA", 0.70)):
         for seed in (0, 1):

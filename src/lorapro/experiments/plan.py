@@ -24,7 +24,8 @@ A recipe is a run's keys and, beside them:
     the columns before it.
 
 A *cell* is one method on one task at one point of the grid. A key of the recipe that a cell's task
-or method does not read is no part of that cell, so that full fine-tuning is run once for all ranks.
+or method does not read, or fixes for itself, is no axis of that cell, so that full fine-tuning is
+run once for all ranks.
 """
 
 from __future__ import annotations
@@ -224,7 +225,8 @@ def _cells(
         task_rates = of_task.pop("learning_rate", None)
         used = relevant({**of_task, **of_method})
         shared = {k: v for k, v in {**base, **point}.items() if not _foreign(k, used)}
-        axes = {k: v for k, v in point.items() if k in shared}
+        fixed = {*of_task, *of_method}  # of a column or a row itself, whatever the grid says
+        axes = {k: v for k, v in point.items() if k in shared and k not in fixed}
         values = {**shared, **of_task, **of_method}
         if toy:
             entry = TASKS[of_task["task"]]

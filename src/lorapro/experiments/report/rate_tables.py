@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from lorapro.experiments.methods import find_method
 from lorapro.experiments.rates import noise_of_one_run, tolerated_rates, transfer_regret
 from lorapro.experiments.report.comparison import Comparison, Problem, Row, rate_losses
 from lorapro.experiments.report.tables import Table
@@ -117,12 +118,16 @@ def transfer_table(settings: Mapping[str, Problem], label: str) -> Table | None:
 
 
 def transfers_table(settings: Mapping[str, Problem], labels: Sequence[str]) -> Table | None:
-    """For each method what rates tuned in one setting cost in the others: mean and worst."""
-    rows = []
+    """For each method what rates tuned in one setting cost in the others: mean and worst.
+
+    Where there is full fine-tuning by the same rule (AdamW or Muon), also what its rate costs.
+    """
+    rows, from_full = [], []
     for label in labels:
         losses = {n: rate_losses(_of(p, label)) for n, p in settings.items() if len(_of(p, label))}
-        if len(losses) < 2 or max(map(len, losses.values())) < 2:
-            continue
+        values = list(losses.values())
+        if len(losses) < 2 or max(map(len, values)) < 2 or values.count(values[0]) == len(values):
+            continue  # the last: the same runs everywhere
         apart = {k: v for k, v in transfer_regret(losses).items() if k[0] != k[1]}
         known = {pair: value for pair, value in apart.items() if not math.isnan(value)}
         cells = [label, f"{len(known)} of {len(apart)}"]
@@ -131,11 +136,50 @@ def transfers_table(settings: Mapping[str, Problem], labels: Sequence[str]) -> T
             mean = sum(known.values()) / len(known)
             cells += [_regret(mean), _regret(known[tuned, used]), f"{tuned} to {used}"]
         rows.append([*cells, *[""] * (5 - len(cells))])
+        from_full.append(_costs_of_full_rates([settings[name] for name in losses], label))
     if not rows:
         return None
     header = ["method", "pairs tried", "mean cost", "worst", "where"]
     notes = ["Validation loss above the best there, with the rate that is best elsewhere."]
+    if any(costs is not None for costs in from_full):
+        header.append("with full fine-tuning's: mean, worst")
+        for row, costs in zip(rows, from_full, strict=True):
+            row.append("" if costs is None else _mean_and_worst(costs))
+        notes.append(
+            "With full fine-tuning's: with the rate that is best for it, by the same rule."
+        )
     return Table("Rates tuned elsewhere", header, rows, notes)
+
+
+def _costs_of_full_rates(places: Sequence[Problem], label: str) -> list[float] | None:
+    """What the best rate of full fine-tuning by the same rule costs in each setting, if tried."""
+    costs = []
+    for problem in places:
+        rule = _rule(_of(problem, label))
+        fulls = [
+            runs
+            for _, runs in problem.runs.groupby("label", sort=False)
+            if _rule(runs) == (True, rule[1])
+        ]
+        if rule[0] or len(fulls) != 1:
+            return None
+        full, own = rate_losses(fulls[0]), rate_losses(_of(problem, label))
+        regret = transfer_regret({"full": full, "own": own})["full", "own"]
+        if not math.isnan(regret):
+            costs.append(regret)
+    return costs
+
+
+def _rule(runs: pd.DataFrame) -> tuple[bool, bool]:
+    """Whether a row trains all weights, and whether by Muon."""
+    method = find_method(runs["method"].iloc[0])
+    return method.trains_all, "muon" in method.optimizer.name
+
+
+def _mean_and_worst(costs: Sequence[float]) -> str:
+    if not costs:
+        return "not tried"
+    return f"{_regret(sum(costs) / len(costs))}, {_regret(max(costs))}"
 
 
 def _regret(value: float) -> str:

@@ -45,6 +45,10 @@ class LoraProOptions(PassedOptions):
         least=0,
     )
 
+    def arguments(self) -> dict[str, Any]:
+        """Of the optimizer; ``None`` is its own default."""
+        return {"x": self.x, "damping": self.damping}
+
 
 @dataclass
 class MuonOptions:
@@ -67,6 +71,10 @@ class TorchMuonOptions(MuonOptions):
 @dataclass
 class LoraProMuonOptions(LoraProOptions, MuonOptions):
     """Keys of Muon on the tangent space."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the optimizer; ``None`` is its own default."""
+        return {**super().arguments(), "momentum": self.muon_momentum}
 
 
 @dataclass
@@ -144,10 +152,7 @@ def _aligned(optimizer: str = "adamw", **fixed: Any) -> Maker:
         import lorapro
 
         given = {**fixed, **_mapping(options.optimizer_options)}
-        chosen = {"x": options.x, "damping": options.damping}
-        if isinstance(options, LoraProMuonOptions):
-            chosen["momentum"] = options.muon_momentum
-        given |= {name: value for name, value in chosen.items() if value is not None}
+        given |= {name: value for name, value in options.arguments().items() if value is not None}
         # lr= because a rate that happens to be Trainer's default is a rate of the config here.
         given.setdefault("lr", training.learning_rate)
         return lorapro.trainer_optimizer(training, optimizer, **given)

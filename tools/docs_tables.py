@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from markdown_tables import ROOT, read
@@ -161,6 +162,88 @@ def _first(text: str) -> str:
     return f"{number:.0f}" if number >= 20 else f"{number:.1f}"
 
 
+def lab_cells(result: str) -> dict[str, dict[str, dict[str, str]]]:
+    """The main tables of a result of the laboratory, by what the cell is called."""
+    found = read(f"results/lab/{result}/table.md")
+    return {name: rows for name, rows in found.items() if "minus lora" in rows.get("lora", {})}
+
+
+def lab_shares() -> str:
+    """Share of the distance from LoRA to full fine-tuning with Muon, a row a cell."""
+    labels = ("lora-pro-muon", "lora-muon", "full")
+    rows = []
+    for result in ("batches", "large"):
+        for name, cell in lab_cells(result).items():  # one cell alone has no numbers in its name
+            tokens, rank = re.findall(r"\d+", name) or ("65536", "32")
+            shares = [cell[m]["gap closed"] if m in cell else "not run" for m in labels]
+            gap = cell["full-muon"]["minus lora"].split(" ")[0]
+            rows.append([f"{int(tokens):,}, r = {rank}", *_minus(gap, *shares)])
+    return markdown(["tokens a step, rank", "gap", *(f"`{m}`" for m in labels)], rows)
+
+
+def lab_baselines() -> str:
+    """Test loss minus LoRA's of other adapters, a row a cell."""
+    labels = ("rslora", "lora+", "riemannian", "lora-muon", "lora-pro-muon")
+    rows = []
+    for name, cell in lab_cells("batches").items():
+        if "rslora" in cell:
+            tokens, rank = re.findall(r"\d+", name)
+            values = [cell[m]["minus lora"] if m in cell else "not run" for m in labels]
+            rows.append([f"{int(tokens):,}, r = {rank}", *_minus(*values)])
+    return markdown(["tokens a step, rank", *(f"`{m}`" for m in labels)], rows)
+
+
+def lab_cut() -> str:
+    """Full fine-tuning with Muon, its change cut to a rank, beside an adapter of that rank."""
+    found = read("results/lab/cut/table.md").values()
+    cut = next(rows for rows in found if "test loss" in rows.get("cut-to-8", {}))
+    ours = lab_cells("batches")
+    rows = []
+    for rank in (8, 32, 64):
+        cell = ours[f"batch tokens 4096, rank {rank}"]
+        losses = [row["test loss"] for row in (cut[f"cut-to-{rank}"], cell["lora-pro-muon"])]
+        rows.append([str(rank), *losses, cell["full-muon"]["test loss"]])
+    return markdown(["rank", "`cut-to-r`", "`lora-pro-muon`", "`full-muon`"], rows)
+
+
+def planted() -> str:
+    """Divergence from a planted teacher, and the share of the gap, a row a teacher and rank."""
+    labels = ("lora", "lora-muon", "lora-pro-muon", "full", "full-muon")
+    rows = []
+    for name, cell in lab_cells("planted").items():
+        condition, rank = re.findall(r"\d+", name)
+        losses = [_loss(cell[m]) if m in cell else "not run" for m in labels]
+        ours = cell["lora-pro-muon"]
+        difference, share = ours["minus lora"], ours.get("gap closed", "no gap")
+        rows.append([f"{int(condition):,}, r = {rank}", *losses, *_minus(difference, share)])
+    header = [*(f"`{m}`" for m in labels), "`lora-pro-muon` minus `lora`", "share of the gap"]
+    return markdown(["condition, rank", *header], rows)
+
+
+def encoder() -> str:
+    """Test loss on the real model."""
+    (cell,) = lab_cells("encoder").values()
+    columns = ("lr", "test loss", "minus lora", "test accuracy")
+    rows = [[f"`{label}`", *_minus(*(row[c] for c in columns))] for label, row in cell.items()]
+    return markdown(["", *columns], rows)
+
+
+def rates_elsewhere() -> str:
+    """What a rate tuned at another rank, or by full fine-tuning, costs."""
+    costs = read("results/lab/ranks/table.md")["Rates tuned elsewhere"]
+    columns = ("mean cost", "worst", "with full fine-tuning's: mean, worst")
+    rows = [[f"`{label}`", *(cells[c] for c in columns)] for label, cells in costs.items()]
+    return markdown(["", "mean", "worst", "full fine-tuning's rate: mean, worst"], rows)
+
+
+def _loss(row: dict[str, str]) -> str:
+    return f"{float(row['test loss'].split(' ')[0]):.3f}"
+
+
+def _minus(*cells: str) -> list[str]:
+    return [cell.replace("-", "−") for cell in cells]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "verdicts": verdicts,
     "best-rates": best_rates,
@@ -168,4 +251,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-times": step_times,
     "costs": costs,
     "small-batches": small_batches,
+    "lab-shares": lab_shares,
+    "lab-baselines": lab_baselines,
+    "lab-cut": lab_cut,
+    "planted": planted,
+    "encoder": encoder,
+    "rates-elsewhere": rates_elsewhere,
 }

@@ -100,6 +100,27 @@ def test_a_change_is_cut_to_its_rank_after_each_step(tmp_path):
         assert change[2] < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cut_step_of_a_run_that_diverged_does_not_fail(dtype):
+    weight = nn.Parameter(torch.eye(4, dtype=dtype))
+    optimizer = MuonAndAdamW([weight], [], lr=0.1, rank=2)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.linalg.matrix_norm((weight - torch.eye(4)).float()) > 0.01
+    weight.grad = torch.full_like(weight, torch.nan)
+    optimizer.step()
+    assert weight.isnan().all()
+
+
+def test_a_rank_for_an_adapter_is_refused(tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    part = OPTIMIZERS["muon"]
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    factory, kwargs = part.make(args, part.options(muon_rank=2))
+    with pytest.raises(ValueError, match="an adapter has a rank"):
+        factory()(model, **kwargs)
+
+
 def test_a_model_without_hidden_matrices_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no hidden linear layer"):
         build(nn.ModuleDict({"score": nn.Linear(2, 2)}), tmp_path)

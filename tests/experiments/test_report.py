@@ -372,6 +372,22 @@ def test_transfer_from_full_fine_tuning_by_the_same_rule(tmp_path):
     assert by_label["lora+"][column] == "not tried"
 
 
+def test_transfer_without_a_finished_run_of_full_fine_tuning(tmp_path):
+    for rank in (4, 64):
+        for rate, value in ((1e-3, 0.5), (2e-3, 0.6 - 0.003 * rank)):
+            write_run(tmp_path, "lora", rate, 0, axes={"rank": rank}, validation=value)
+            write_run(tmp_path, "old", rate, 0, axes={"rank": rank}, validation=value)
+    write_run(tmp_path, "full", 1e-3, 0, axes={}, status="unfinished")
+    write_run(tmp_path, "zero-shot", 1e-3, 0, axes={}, validation=0.9)
+    write_run(tmp_path, "dora", 1e-3, 0, axes={"rank": 4}, validation=0.9)
+    write_run(tmp_path, "dora", 2e-3, 0, axes={"rank": 64}, status="unfinished")
+    settings = {p.name: p for p in problems(read_results(tmp_path).runs)}
+    table = transfers_table(settings, ["lora", "old", "full", "zero-shot", "dora"])
+    assert [row[0] for row in table.rows] == ["lora", "old"]
+    assert len(table.header) == 5
+    assert transfer_table(settings, "dora") is None
+
+
 def test_ours_stand_beside_the_papers(tmp_path):
     for task, value in (("MNLI", 0.80), ("CoLA", 0.70)):
         for seed in (0, 1):

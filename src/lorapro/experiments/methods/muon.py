@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Muon
 from torch.optim.adamw import adamw
 
+from lorapro.factors import find_pairs
+
 __all__ = ["MuonAndAdamW", "hidden_matrices", "muon_factory"]
 
 # Names under which transformers keep the layer that makes the output.
@@ -52,8 +54,8 @@ class MuonAndAdamW(Muon):
         eps: AdamW's.
         momentum: Muon's.
         rank: after each step the change of every matrix since the first is cut to this rank, to the
-            nearest one: what full fine-tuning could do if it had to end as an adapter of that
-            rank. It needs a copy of the matrices. 0 does not cut.
+            nearest one: what full fine-tuning could do if these had to end as an adapter of that
+            rank. It keeps a copy of them; ``others`` are not cut. 0 does not cut.
 
     >>> W, b = nn.Parameter(torch.eye(2)), nn.Parameter(torch.zeros(2))
     >>> optimizer = MuonAndAdamW([W], [b], lr=0.1)
@@ -93,7 +95,8 @@ class MuonAndAdamW(Muon):
         self.param_groups = [g for g in every if "betas" not in g]
         matrices = [p for g in self.param_groups for p in g["params"]] if self.rank else []
         for p in matrices:
-            self.state[p].setdefault("start", p.clone())
+            if "start" not in self.state[p]:
+                self.state[p]["start"] = p.clone()
         try:
             loss = super().step(closure)
         finally:
@@ -106,10 +109,12 @@ class MuonAndAdamW(Muon):
         return loss
 
     def _cut(self, p: Tensor) -> None:
-        start = self.state[p]["start"]
-        left, values, right = torch.linalg.svd(p - start, full_matrices=False)
-        r = self.rank
-        p.copy_(torch.addmm(start, left[:, :r] * values[:r], right[:r]))
+        start = self.state[p]["start"].float()
+        change = p - start
+        if change.isfinite().all():  # a run that diverged is to go on and say so
+            left, values, right = torch.linalg.svd(change, full_matrices=False)
+            r = self.rank
+            p.copy_(torch.addmm(start, left[:, :r] * values[:r], right[:r]))
 
     def _adamw(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -145,6 +150,10 @@ def muon_factory() -> Callable[..., MuonAndAdamW]:
         matrices = hidden_matrices(model)
         if not matrices:
             raise ValueError("the model has no hidden linear layer for Muon to train.")
+        if kwargs.get("rank") and find_pairs(model).pairs:
+            raise ValueError(
+                "muon_rank cuts changes of weights, and an adapter has a rank: drop it."
+            )
         known = {id(p) for p in matrices}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         return MuonAndAdamW(matrices, others, **kwargs)

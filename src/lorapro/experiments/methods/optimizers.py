@@ -64,7 +64,9 @@ class TorchMuonOptions(MuonOptions):
     """Keys of Muon on matrices."""
 
     muon_rank: int = option(
-        0, "Muon: after each step the change of a matrix is cut to this rank; 0: it is not", least=0
+        0,
+        "full-muon: after each step the change of a matrix is cut to this rank; 0: it is not",
+        least=0,
     )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from lorapro.experiments.methods import find_method
 from lorapro.experiments.rates import noise_of_one_run, tolerated_rates, transfer_regret
 from lorapro.experiments.report.comparison import Comparison, Problem, Row, rate_losses
 from lorapro.experiments.report.tables import Table
@@ -21,6 +20,13 @@ __all__ = [
     "validation_noise",
     "values_by_rate_table",
 ]
+
+# Rows whose rule full fine-tuning has, too: what its best rate costs them is a fair question.
+FULL_BY_RULE = {
+    **dict.fromkeys(("lora", "rslora", "lora+", "dora", "pissa", "lora-ga", "lora-pro"), "full"),
+    **dict.fromkeys(("lora-pro-damped", "lora-pro-factored", "lora-pro-full"), "full"),
+    **dict.fromkeys(("lora-muon", "balanced-muon", "lora-pro-muon"), "full-muon"),
+}
 
 
 def rates_table(found: Comparison) -> Table | None:
@@ -102,7 +108,7 @@ def values_by_rate_table(problem: Problem, measure: str) -> Table | None:
 
 def transfer_table(settings: Mapping[str, Problem], label: str) -> Table | None:
     """What a rate tuned in one setting costs in another: rows tuned, columns used, one method."""
-    losses = {n: rate_losses(_of(p, label)) for n, p in settings.items() if len(_of(p, label))}
+    losses = _losses(settings, label)
     if len(losses) < 2 or max(map(len, losses.values())) < 2:
         return None
     regret = transfer_regret(losses)
@@ -124,7 +130,7 @@ def transfers_table(settings: Mapping[str, Problem], labels: Sequence[str]) -> T
     """
     rows, from_full = [], []
     for label in labels:
-        losses = {n: rate_losses(_of(p, label)) for n, p in settings.items() if len(_of(p, label))}
+        losses = _losses(settings, label)
         values = list(losses.values())
         if len(losses) < 2 or max(map(len, values)) < 2 or values.count(values[0]) == len(values):
             continue  # the last: the same runs everywhere
@@ -151,29 +157,29 @@ def transfers_table(settings: Mapping[str, Problem], labels: Sequence[str]) -> T
     return Table("Rates tuned elsewhere", header, rows, notes)
 
 
+def _losses(settings: Mapping[str, Problem], label: str) -> dict[str, dict[float, float]]:
+    """Losses of one row by rate, in each setting in which a run of it is done."""
+    losses = {name: rate_losses(_of(problem, label)) for name, problem in settings.items()}
+    return {name: by_rate for name, by_rate in losses.items() if by_rate}
+
+
 def _costs_of_full_rates(places: Sequence[Problem], label: str) -> list[float] | None:
-    """What the best rate of full fine-tuning by the same rule costs in each setting, if tried."""
-    costs = []
+    """What the best rate of full fine-tuning by the same rule costs, where both were tried.
+
+    ``None`` where there is no such row.
+    """
+    costs, found = [], False
     for problem in places:
-        rule = _rule(_of(problem, label))
-        fulls = [
-            runs
-            for _, runs in problem.runs.groupby("label", sort=False)
-            if _rule(runs) == (True, rule[1])
-        ]
-        if rule[0] or len(fulls) != 1:
-            return None
-        full, own = rate_losses(fulls[0]), rate_losses(_of(problem, label))
-        regret = transfer_regret({"full": full, "own": own})["full", "own"]
+        full = FULL_BY_RULE.get(_of(problem, label)["method"].iloc[0])
+        losses = {} if full is None else rate_losses(_of(problem, full))
+        if not any(map(math.isfinite, losses.values())):
+            continue
+        found = True
+        own = rate_losses(_of(problem, label))
+        regret = transfer_regret({"full": losses, "own": own})["full", "own"]
         if not math.isnan(regret):
             costs.append(regret)
-    return costs
-
-
-def _rule(runs: pd.DataFrame) -> tuple[bool, bool]:
-    """Whether a row trains all weights, and whether by Muon."""
-    method = find_method(runs["method"].iloc[0])
-    return method.trains_all, "muon" in method.optimizer.name
+    return costs if found else None
 
 
 def _mean_and_worst(costs: Sequence[float]) -> str:

@@ -225,7 +225,7 @@ def encoder() -> str:
     (cell,) = lab_cells("encoder").values()
     columns = ("lr", "test loss", "minus lora", "test accuracy")
     rows = [[f"`{label}`", *_minus(*(row[c] for c in columns))] for label, row in cell.items()]
-    return markdown(["", *columns], rows)
+    return markdown(["", "best rate", *columns[1:]], rows)
 
 
 def rates_elsewhere() -> str:

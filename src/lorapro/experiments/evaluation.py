@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import Trainer
 
+from lorapro.experiments.head_rate import set_head_rate
+
 if TYPE_CHECKING:
     from lorapro.experiments.config import RunConfig
     from lorapro.experiments.tasks import Family
@@ -32,12 +34,22 @@ class ItemTrainer(Trainer):
     """Trainer whose evaluations score each example with the task's ``item_scores``.
 
     Examples of similar length share a batch; scores come back in the order of the data. Under
-    several processes each scores its share.
+    several processes each scores its share. Its optimizer gives a new head ``head_rate``.
     """
 
-    def __init__(self, *, family: Family, **kwargs: Any) -> None:
+    def __init__(self, *, family: Family, head_rate: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.family = family
+        self.head_rate = head_rate
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's or the method's, with the head's own rate."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.head_rate is not None:
+            held: Any = self.model if model is None else model
+            set_head_rate(optimizer, held, self.family.heads, self.head_rate)
+        return optimizer
 
     def score(self, examples: Any) -> dict[str, np.ndarray]:
         """Return the scores of ``examples``, see :data:`lorapro.experiments.tasks.base.Items`."""
@@ -105,6 +117,7 @@ def make_trainer(
     """Return the Trainer of a run; without ``create_folder`` it can evaluate only."""
     return (ItemTrainer if create_folder else _ReadOnlyTrainer)(
         family=family,
+        head_rate=config.run.head_learning_rate,
         model=model,
         args=config.training,
         train_dataset=family.train,

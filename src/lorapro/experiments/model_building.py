@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lorapro.experiments.errors import UserError, check_name
+from lorapro.experiments.head_rate import head_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -134,6 +135,8 @@ def check_run(config: RunConfig, model: nn.Module, family: Family) -> Any:
         UserError: what the run could not do.
     """
     optimizer = check_optimizer(config, model)
+    if config.run.head_learning_rate is not None:
+        head_parameters(model, family.heads)
     check_scheduler(config, family)
     check_positions(model, family)
     check_diagnostics(config, model)

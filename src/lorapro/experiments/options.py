@@ -84,6 +84,9 @@ class RunOptions:
     split_seed: int = option(
         0, "draws the splits; apart from seed, so all seeds share them", least=0
     )
+    head_learning_rate: float | None = option(
+        None, "learning rate of a head that starts afresh; default: that of the rest", above=0
+    )
     divergence: float = option(
         2.0,
         "stop when the training loss is this many times the first one plus one; 0: only if not "

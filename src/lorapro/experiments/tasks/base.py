@@ -84,6 +84,7 @@ class Family(ABC):
         peft_task_type: name of a ``peft.TaskType``, ``None`` where PEFT has none.
         head: name of the module that starts afresh and is trained in full beside the adapters,
             ``None`` where there is none or PEFT knows it from the task type.
+        heads: names that such a module may have, PEFT's too; none where nothing starts afresh.
         carried: attributes that come from the data and that saved weights cannot be used without,
             such as ``labels``; they are kept beside the weights, as JSON.
 
@@ -98,6 +99,7 @@ class Family(ABC):
     named_labels: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = None
     head: ClassVar[str | None] = None
+    heads: ClassVar[tuple[str, ...]] = ()
     carried: ClassVar[tuple[str, ...]] = ()
 
     train: Examples

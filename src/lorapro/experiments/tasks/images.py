@@ -51,6 +51,7 @@ class Images(Labelled, Family):
 
     options: ClassVar[type] = ImagesOptions
     head: ClassVar[str | None] = "classifier"
+    heads: ClassVar[tuple[str, ...]] = ("classifier",)
 
     def columns_used(self) -> tuple[str, ...]:
         """Image and label."""

@@ -67,6 +67,7 @@ class TextClassification(Labelled, TextFamily):
 
     options: ClassVar[type] = TextClassificationOptions
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
     def __init__(self, entry: TaskEntry, run: RunOptions, options: Any) -> None:
         # Columns are settled by the data; the config stays what was given.

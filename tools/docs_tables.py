@@ -168,16 +168,25 @@ def lab_cells(result: str) -> dict[str, dict[str, dict[str, str]]]:
     return {name: rows for name, rows in found.items() if "minus lora" in rows.get("lora", {})}
 
 
+def _tokens_and_rank(cell: str) -> str:
+    found = [int(number) for number in re.findall(r"\d+", cell)]
+    tokens, rank = [*(65536, 32)[: 2 - len(found)], *found]  # what all cells of a result share
+    return f"{tokens:,}, r = {rank}"
+
+
+def _of_each(cell: dict[str, dict[str, str]], labels: tuple[str, ...], column: str) -> list[str]:
+    return [cell[label][column] if label in cell else "not run" for label in labels]
+
+
 def lab_shares() -> str:
     """Share of the distance from LoRA to full fine-tuning with Muon, a row a cell."""
     labels = ("lora-pro-muon", "lora-muon", "full")
     rows = []
     for result in ("batches", "large"):
-        for name, cell in lab_cells(result).items():  # one cell alone has no numbers in its name
-            tokens, rank = re.findall(r"\d+", name) or ("65536", "32")
-            shares = [cell[m]["gap closed"] if m in cell else "not run" for m in labels]
+        for name, cell in lab_cells(result).items():
             gap = cell["full-muon"]["minus lora"].split(" ")[0]
-            rows.append([f"{int(tokens):,}, r = {rank}", *_minus(gap, *shares)])
+            shares = _of_each(cell, labels, "gap closed")
+            rows.append([_tokens_and_rank(name), *_minus(gap, *shares)])
     return markdown(["tokens a step, rank", "gap", *(f"`{m}`" for m in labels)], rows)
 
 
@@ -187,9 +196,7 @@ def lab_baselines() -> str:
     rows = []
     for name, cell in lab_cells("batches").items():
         if "rslora" in cell:
-            tokens, rank = re.findall(r"\d+", name)
-            values = [cell[m]["minus lora"] if m in cell else "not run" for m in labels]
-            rows.append([f"{int(tokens):,}, r = {rank}", *_minus(*values)])
+            rows.append([_tokens_and_rank(name), *_minus(*_of_each(cell, labels, "minus lora"))])
     return markdown(["tokens a step, rank", *(f"`{m}`" for m in labels)], rows)
 
 
@@ -223,7 +230,7 @@ def planted() -> str:
 def encoder() -> str:
     """Test loss on the real model."""
     (cell,) = lab_cells("encoder").values()
-    columns = ("lr", "test loss", "minus lora", "test accuracy")
+    columns = ("lr", "test loss", "minus lora", "gap closed", "test accuracy")
     rows = [[f"`{label}`", *_minus(*(row[c] for c in columns))] for label, row in cell.items()]
     return markdown(["", "best rate", *columns[1:]], rows)
 

@@ -8,7 +8,8 @@ import pytest
 from transformers import TrainingArguments
 
 import lorapro
-from lorapro.experiments.config import from_values
+from lorapro.experiments.config import from_values, load_config
+from lorapro.experiments.folders import claim
 from lorapro.rates import DAMPING, RATES
 from pages import PAGES, ROOT
 from small_models import lora
@@ -53,11 +54,21 @@ def test_every_way_in_begins_alike(row, caplog):
     assert caplog.text.count(f"lr = {RATES[row]:g}, where {row} begins") == 3
 
 
-def test_lora_pro_is_the_papers_and_the_default_of_a_run():
-    config = from_values({"output_dir": "out"})
-    assert config.method.name == "lora-pro"
+def test_lora_pro_is_the_papers():
+    config = from_values({"method": "lora-pro", "output_dir": "out"})
     assert config.training.learning_rate == RATES["efficient"]
     assert DAMPING["efficient"] == DAMPING["full"] == DAMPING["sgd"] == 0
+    assert type(lorapro.create_lorapro_optimizer(lora())) is lorapro.LoraProAdamW
+
+
+def test_a_run_that_names_no_method_is_muons_and_its_config_says_so(tmp_path):
+    config = from_values({"output_dir": str(tmp_path)})
+    assert config.method.name == "lora-pro-muon"
+    assert config.training.learning_rate == RATES["muon"]
+    claim(config)
+    again = load_config(tmp_path / "config.yaml")
+    assert again.given["method"] == "lora-pro-muon"
+    assert again.identity() == config.identity()
 
 
 def number(cell):

@@ -227,12 +227,21 @@ def planted() -> str:
     return markdown(["condition, rank", *header], rows)
 
 
-def encoder() -> str:
-    """Test loss on the real model."""
-    (cell,) = lab_cells("encoder").values()
-    columns = ("lr", "test loss", "minus lora", "gap closed", "test accuracy")
+def _real_model(result: str, *more: str) -> str:
+    (cell,) = lab_cells(result).values()
+    columns = ("lr", "test loss", "minus lora", "gap closed", *more)
     rows = [[f"`{label}`", *_minus(*(row[c] for c in columns))] for label, row in cell.items()]
     return markdown(["", "best rate", *columns[1:]], rows)
+
+
+def encoder() -> str:
+    """MiniLM in large batches."""
+    return _real_model("encoder", "test accuracy")
+
+
+def smollm2() -> str:
+    """SmolLM2 in large batches."""
+    return _real_model("smollm2")
 
 
 def rates_elsewhere() -> str:
@@ -263,5 +272,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "lab-cut": lab_cut,
     "planted": planted,
     "encoder": encoder,
+    "smollm2": smollm2,
     "rates-elsewhere": rates_elsewhere,
 }

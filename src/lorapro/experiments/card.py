@@ -62,8 +62,9 @@ def model_card(about: Mapping[str, Any], kind: str) -> str:
 
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    names = ("model", "method", "rank", "alpha", "learning_rate", "steps", "seed", "data")
-    shown = [(name.replace("_", " "), about.get(name)) for name in names]
+    names = ("model", "method", "rank", "alpha", "learning_rate", "head_learning_rate")
+    known = {**about.get("options", {}), **about}
+    shown = [(n.replace("_", " "), known.get(n)) for n in (*names, "steps", "seed", "data")]
     facts = [("base model" if n == "model" else n, v) for n, v in shown if v is not None]
     if about.get("versions"):
         facts.append(("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import Trainer
 
-from lorapro.experiments.head_rate import set_head_rate
+from lorapro.experiments.head_rate import set_rate_of
 
 if TYPE_CHECKING:
     from lorapro.experiments.config import RunConfig
@@ -48,7 +48,7 @@ class ItemTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if fresh and self.head_rate is not None:
             held: Any = self.model if model is None else model
-            set_head_rate(optimizer, held, self.family.heads, self.head_rate)
+            set_rate_of(optimizer, held, self.family.new_parameters, self.head_rate)
         return optimizer
 
     def score(self, examples: Any) -> dict[str, np.ndarray]:
@@ -117,7 +117,7 @@ def make_trainer(
     """Return the Trainer of a run; without ``create_folder`` it can evaluate only."""
     return (ItemTrainer if create_folder else _ReadOnlyTrainer)(
         family=family,
-        head_rate=config.run.head_learning_rate,
+        head_rate=getattr(config.task, "head_learning_rate", None),
         model=model,
         args=config.training,
         train_dataset=family.train,

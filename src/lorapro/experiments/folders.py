@@ -202,8 +202,9 @@ def claim(config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    values = {k: v for k, v in config.given.items() if k != "overwrite" and v is not None}
-    text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True)
+    named = {"task": config.entry.name, "method": config.method.name}
+    given = {k: v for k, v in config.given.items() if k != "overwrite" and v is not None}
+    text = yaml.safe_dump({**named, **given}, sort_keys=True, allow_unicode=True)
     write_text(folder / CONFIG, f"# lorapro train {CONFIG}\n{text}")
     identity = {"fingerprint": config.fingerprint(), "identity": config.identity()}
     # Relative paths of the config are meant from here.

@@ -128,6 +128,11 @@ def _text_keys() -> frozenset[str]:
     return frozenset(key for key, hint in hints.items() if hint in texts)
 
 
+def _may_be_none(key: str) -> bool:
+    """Whether a key is ours and has no value unless it is given one: then null takes it away."""
+    return key in our_keys() and option_defaults()[key] is None
+
+
 def _as_flags(values: Mapping[str, Any]) -> list[str]:
     """Write a mapping as flags, so that YAML values get the types and checks flags get."""
     flags: list[str] = []
@@ -173,7 +178,8 @@ def parse_values(values: Mapping[str, Any], flags: Sequence[str] = ()) -> dict[s
         if not unknown[0].startswith("--"):
             raise UserError(f"unexpected argument {unknown[0]!r}")
         raise UserError(f"unknown flag --{name}{_hint(name.replace('-', '_'), known)}")
-    given = {**vars(from_file), **vars(from_flags)}
+    nothing = {key: None for key in values if values[key] is None and _may_be_none(key)}
+    given = {**nothing, **vars(from_file), **vars(from_flags)}
     for key, value in given.items():
         if isinstance(value, str) and value.startswith("{"):
             with contextlib.suppress(json.JSONDecodeError):  # a template is no mapping

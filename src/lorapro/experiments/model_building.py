@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lorapro.experiments.errors import UserError, check_name
-from lorapro.experiments.head_rate import head_parameters
+from lorapro.experiments.head_rate import new_among
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,6 +74,7 @@ def add_adapter(model: Any, config: RunConfig, family: Family) -> Any:
             check_name(f"module in {key}:", name.rpartition(".")[2], names)
     if family.head is not None and family.head not in in_full:
         in_full.append(family.head)
+    options = _without_heads(options, model, family)
     more = {
         "modules_to_save": in_full or None,
         "task_type": family.peft_task_type,
@@ -80,12 +82,26 @@ def add_adapter(model: Any, config: RunConfig, family: Family) -> Any:
     }
     try:
         made = get_peft_model(model, adapter.config(options, more, total_steps(config, family)))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         check_rank(model, config)
         reason = " ".join(str(error).split())
         raise UserError(f"cannot add the adapter: {_shortened(reason)}") from error
     check_ranks(made, options.rank)
     return made
+
+
+def _without_heads(options: Any, model: nn.Module, family: Family) -> Any:
+    """Options whose ``all-linear`` leaves out layers that PEFT trains in full for their name.
+
+    A classifier's head is any module whose name ends so, as DistilBERT's ``pre_classifier``; PEFT
+    would put an adapter into that and then fail to train it in full.
+    """
+    if family.peft_task_type != "SEQ_CLS" or options.target_modules != ["all-linear"]:
+        return options
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    found = {n for n in names - {"classifier", "score"} if n.endswith(("classifier", "score"))}
+    excluded = sorted({*(options.exclude_modules or []), *found})
+    return dataclasses.replace(options, exclude_modules=excluded or None)
 
 
 def _shortened(reason: str, most: int = 240) -> str:
@@ -135,8 +151,8 @@ def check_run(config: RunConfig, model: nn.Module, family: Family) -> Any:
         UserError: what the run could not do.
     """
     optimizer = check_optimizer(config, model)
-    if config.run.head_learning_rate is not None:
-        head_parameters(model, family.heads)
+    if getattr(config.task, "head_learning_rate", None) is not None:
+        new_among(model, family.new_parameters)
     check_scheduler(config, family)
     check_positions(model, family)
     check_diagnostics(config, model)

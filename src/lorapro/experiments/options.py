@@ -67,7 +67,7 @@ class RunOptions:
     task: str = option(
         "tweets", "what to train on, one of the tasks below; the command asks for it"
     )
-    method: str = option("lora-pro", "how to train, see the catalogue of methods")
+    method: str = option("lora-pro-muon", "how to train, see the catalogue of methods")
     model: str | None = option(None, "asset, hub id or folder; default: the task's own")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "type of the model's weights"
@@ -83,9 +83,6 @@ class RunOptions:
     test_samples: int = option(1000, "test examples; 0 is all there are", least=0)
     split_seed: int = option(
         0, "draws the splits; apart from seed, so all seeds share them", least=0
-    )
-    head_learning_rate: float | None = option(
-        None, "learning rate of a head that starts afresh; default: that of the rest", above=0
     )
     divergence: float = option(
         2.0,

@@ -156,9 +156,14 @@ def grid_points(given: Any) -> list[dict[str, Any]]:
     else:
         raise UserError("grid must be a mapping from key to values, or a list of mappings")
     for point in points:
-        for key in ("learning_rate", "method", "seed", "task"):
-            if key in point:
+        for key, value in point.items():
+            if key in ("learning_rate", "method", "seed", "task"):
                 raise UserError(f"grid: {key!r} has a place of its own in a comparison")
+            if value is None:
+                raise UserError(
+                    f"grid: {key}: null is no value to compare; leave it out, and give {key} in a "
+                    "row of 'methods' (where null takes it away)"
+                )
     return [parse_values(point) for point in points]
 
 

@@ -84,7 +84,6 @@ class Family(ABC):
         peft_task_type: name of a ``peft.TaskType``, ``None`` where PEFT has none.
         head: name of the module that starts afresh and is trained in full beside the adapters,
             ``None`` where there is none or PEFT knows it from the task type.
-        heads: names that such a module may have, PEFT's too; none where nothing starts afresh.
         carried: attributes that come from the data and that saved weights cannot be used without,
             such as ``labels``; they are kept beside the weights, as JSON.
 
@@ -93,13 +92,14 @@ class Family(ABC):
         test_rows: the rows that ``test`` was made of, in the same order as ``test_order``.
         processor: tokenizer or image processor; saved beside models.
         model_path: local path of the model, or its hub id.
+        new_parameters: names of the parameters that the last model that was loaded has from no
+            checkpoint, such as those of a new head.
     """
 
     options: ClassVar[type] = NoOptions
     named_labels: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = None
     head: ClassVar[str | None] = None
-    heads: ClassVar[tuple[str, ...]] = ()
     carried: ClassVar[tuple[str, ...]] = ()
 
     train: Examples
@@ -108,6 +108,7 @@ class Family(ABC):
     test_rows: list[Row]
     model_path: str
     processor: Any
+    new_parameters: frozenset[str] = frozenset()
     say: Callable[[str], None]
 
     def __init__(self, entry: TaskEntry, run: RunOptions, options: Any) -> None:

@@ -13,7 +13,7 @@ from lorapro.experiments.data import Row
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.options import option
 from lorapro.experiments.tasks.base import Examples, Family, load_pretrained
-from lorapro.experiments.tasks.labelled import Labelled, split_labelled
+from lorapro.experiments.tasks.labelled import Labelled, NewHeadOptions, split_labelled
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -31,7 +31,7 @@ __all__ = [
 
 
 @dataclass
-class ImagesOptions:
+class ImagesOptions(NewHeadOptions):
     """Keys of image classification."""
 
     image_column: str = option("image", "column of the image")
@@ -51,7 +51,6 @@ class Images(Labelled, Family):
 
     options: ClassVar[type] = ImagesOptions
     head: ClassVar[str | None] = "classifier"
-    heads: ClassVar[tuple[str, ...]] = ("classifier",)
 
     def columns_used(self) -> tuple[str, ...]:
         """Image and label."""
@@ -122,13 +121,9 @@ class Images(Labelled, Family):
         import torch
         from transformers import AutoModelForImageClassification
 
-        model = load_pretrained(
+        model = self.load_with_head(
             AutoModelForImageClassification,
             *self._model,
-            num_labels=len(self.labels),
-            id2label=dict(enumerate(self.labels)),
-            label2id={name: number for number, name in enumerate(self.labels)},
-            dtype=self.run.dtype,
             ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one
         )
         if not hasattr(model, str(self.head)):

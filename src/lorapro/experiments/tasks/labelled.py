@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorapro.experiments.data import Row, require_cells
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.metrics import label_metrics
-from lorapro.experiments.tasks.base import shuffled, take
+from lorapro.experiments.options import option
+from lorapro.experiments.tasks.base import load_pretrained, shuffled, take
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from lorapro.experiments.tasks.base import Family
 
@@ -144,11 +147,43 @@ def _cut(
     return stratified_split(rows, label, count, task.run.split_seed)
 
 
+@dataclass
+class NewHeadOptions:
+    """Keys of families whose model gets a new head."""
+
+    head_learning_rate: float | None = option(
+        None,
+        "learning rate of weights that start afresh, the head's; default: that of the rest",
+        above=0,
+    )
+
+
 class Labelled:
-    """Scores of families whose logits are (batch, labels) and whose batches carry ``labels``."""
+    """Models and scores of families whose logits are (batch, labels), batches with ``labels``."""
 
     carried: ClassVar[tuple[str, ...]] = ("labels",)
     labels: list[str]
+
+    def load_with_head(
+        self, auto_class: Any, path: str, name: str, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Load a pretrained model with a head for these labels, and note what of it is new."""
+        family: Any = self
+        loaded: Any = load_pretrained(
+            auto_class,
+            path,
+            name,
+            num_labels=len(self.labels),
+            id2label=dict(enumerate(self.labels)),
+            label2id={label: number for number, label in enumerate(self.labels)},
+            dtype=family.run.dtype,
+            output_loading_info=True,
+            **kwargs,
+        )
+        model, info = loaded
+        other_shape = {key for key, *_ in info["mismatched_keys"]}
+        family.new_parameters = frozenset(info["missing_keys"]) | other_shape
+        return model
 
     def predict(self, model: Any, rows: list[Row], batch_size: int) -> list[Row]:
         """The most probable label of each row, and the probabilities of all."""

@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lorapro.experiments.data import Row, load_rows, require_cells, require_columns
 from lorapro.experiments.errors import UserError
 from lorapro.experiments.options import RunOptions, option
-from lorapro.experiments.tasks.base import Examples, TaskEntry, TextFamily, load_pretrained
+from lorapro.experiments.tasks.base import Examples, TaskEntry, TextFamily
 from lorapro.experiments.tasks.columns import find_columns
-from lorapro.experiments.tasks.labelled import Labelled, distinct_rows, split_labelled
+from lorapro.experiments.tasks.labelled import (
+    Labelled,
+    NewHeadOptions,
+    distinct_rows,
+    split_labelled,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +28,7 @@ _URL = re.compile(r"https?://\S+")
 
 
 @dataclass
-class TextClassificationOptions:
+class TextClassificationOptions(NewHeadOptions):
     """Keys of text classification."""
 
     text_column: str = option("text", "column of the text, found where it is clear")
@@ -67,7 +72,6 @@ class TextClassification(Labelled, TextFamily):
 
     options: ClassVar[type] = TextClassificationOptions
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
-    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
     def __init__(self, entry: TaskEntry, run: RunOptions, options: Any) -> None:
         # Columns are settled by the data; the config stays what was given.
@@ -154,14 +158,8 @@ class TextClassification(Labelled, TextFamily):
         """Load the encoder with a fresh head for these labels."""
         from transformers import AutoModelForSequenceClassification
 
-        model = load_pretrained(
-            AutoModelForSequenceClassification,
-            self.model_path,
-            self.model_name,
-            num_labels=len(self.labels),
-            id2label=dict(enumerate(self.labels)),
-            label2id={name: number for number, name in enumerate(self.labels)},
-            dtype=self.run.dtype,
+        model = self.load_with_head(
+            AutoModelForSequenceClassification, self.model_path, self.model_name
         )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id

@@ -142,7 +142,7 @@ def test_what_lies_beside_the_weights(classify, tmp_path):
     card = (saved / "README.md").read_text(encoding="utf-8")
     for part in (
         f"base_model: {classify['model']}",
-        "| method | lora-pro |",
+        "| method | lora-pro-muon |",
         "| rank | 2 |",
         "| learning rate | 0.01 |",
         "0: bad, 1: good, 2: so",
